@@ -1,0 +1,38 @@
+"""Packaging of Temper; tool settings live in pyproject.toml."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="temper-mcore",
+    version="0.1.0",
+    description="Tune HuggingFace checkpoints with Megatron-core and get HuggingFace checkpoints back",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=find_packages(include=["toolkits*", "conversion*", "data_preprocessing*"]),
+    package_data={"toolkits.quickstart": ["*.jsonl"]},
+    entry_points={"console_scripts": ["temper = toolkits.cli:main"]},
+    install_requires=[
+        "torch>=2.6",
+        "megatron-core>=0.16,<0.17",
+        "transformers>=4.45",
+        "sentencepiece",
+        "numpy",
+        "safetensors",
+        "tokenizers",
+        "jinja2",
+        "click",
+        "rich",
+        "orjson",
+        "psutil",  # megatron-core's checkpoint writer hangs without it
+        "tensorboard",
+        "matplotlib",
+    ],
+    extras_require={
+        "te": ["transformer-engine[pytorch]"],
+        "dev": ["pytest", "ruff", "mypy"],
+    },
+)
