@@ -1,0 +1,207 @@
+"""The settings of a training run, each declared once: name, type, default, explanation, check.
+
+Flags, `--help`, the launchers and the checks all read these classes. A field's flag is its name with
+dashes; a boolean has a `--no-` twin. Everything here is plain data: no torch, no file is opened.
+"""
+
+import dataclasses
+import math
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+from ..foundation.errors import UsageError, raise_all
+
+Precision = Literal["bf16", "fp32"]
+TooLong = Literal["truncate", "drop", "stop"]
+
+
+def setting(help: str, default: Any = dataclasses.MISSING, *, at_least: float | None = None) -> Any:
+    """Declare a field with its explanation; `at_least` is the smallest value allowed."""
+    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least})
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Where the weights come from."""
+
+    checkpoint: str = setting("Megatron-core or HuggingFace directory to start from, or `none`: random weights.")
+    hf_config: Path | None = setting(
+        "With --checkpoint none: a HuggingFace directory whose config and tokenizer to use.", None
+    )
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What is trained on, and how rows are made of it."""
+
+    data: Path = setting("Dataset prefix, as `temper data build` wrote it.")
+    valid_data: Path | None = setting("Validation prefix; the same as --data, or none: 1% of --data is held out.", None)
+    seq_len: int = setting("Tokens in a row.", 2048, at_least=2)
+    packing: bool = setting("Fill rows with whole conversations; off: one conversation a row.", True)
+    too_long: TooLong = setting(
+        "Conversations over --seq-len: truncate at the last trained turn that fits, drop, or stop.", "truncate"
+    )
+    seed: int = setting("Seed of the data order and of random weights.", 1234, at_least=0)
+
+
+@dataclass(frozen=True)
+class LayoutSettings:
+    """How the model is spread over ranks; data parallel is what remains of the world."""
+
+    tensor_parallel: int = setting("Ranks that share each layer.", 1, at_least=1)
+    pipeline_parallel: int = setting("Pipeline stages.", 1, at_least=1)
+    sequence_parallel: bool = setting("Split activations between tensor-parallel ranks outside the matrices too.", True)
+    distributed_optimizer: bool = setting("Shard the optimizer's state over data-parallel ranks (ZeRO-1).", True)
+
+
+@dataclass(frozen=True)
+class BatchSettings:
+    """How much is trained on."""
+
+    micro_batch_size: int = setting("Rows in a micro batch of one data-parallel rank.", 1, at_least=1)
+    global_batch_size: int = setting("Rows in one optimizer step over all ranks.", 8, at_least=1)
+    train_iters: int = setting("Optimizer steps; 0: taken from --epochs.", 0, at_least=0)
+    epochs: float = setting("Passes over the data, when --train-iters is 0.", 0.0, at_least=0)
+    precision: Precision = setting("Number format of weights and activations; gradients are reduced in fp32.", "bf16")
+    flash_attention: bool = setting("Fused attention kernels; off: the exact reference path.", True)
+
+
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """AdamW and its schedule: a linear warm-up, then a cosine from lr to min_lr at the last step."""
+
+    lr: float = setting("Peak learning rate.", 1e-5, at_least=0)
+    min_lr: float = setting("Learning rate of the last step.", 1e-6, at_least=0)
+    warmup_iters: int = setting("Steps of linear warm-up, part of the training steps.", 0, at_least=0)
+    weight_decay: float = setting("Weight decay; biases and norms have none.", 0.1, at_least=0)
+    adam_beta1: float = setting("Decay of Adam's first moment.", 0.9, at_least=0)
+    adam_beta2: float = setting("Decay of Adam's second moment.", 0.95, at_least=0)
+    adam_eps: float = setting("Adam's epsilon.", 1e-8, at_least=0)
+    clip_grad: float = setting("Largest gradient norm; 0: no clipping.", 1.0, at_least=0)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """What the run leaves behind, under one folder."""
+
+    output: Path = setting("Folder for checkpoint/NAME, tensorboard/NAME_time, log/NAME_time.log and huggingface/NAME.")
+    name: str = setting("Name of the run.", "sft")
+    save_interval: int = setting(
+        "Steps between two checkpoints; the last step is always saved. 0: only the last.", 0, at_least=0
+    )
+    keep_last: int = setting("Checkpoints kept; older ones go when a newer one is complete.", 2, at_least=1)
+    eval_interval: int = setting("Steps between two validations; 0: with every checkpoint.", 0, at_least=0)
+    export_hf: bool = setting("Write a HuggingFace checkpoint at the end.", False)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All settings of one run."""
+
+    model: ModelSettings
+    data: DataSettings
+    layout: LayoutSettings
+    batch: BatchSettings
+    optimizer: OptimizerSettings
+    output: OutputSettings
+
+    @classmethod
+    def from_values(cls, values: dict[str, Any]) -> "TrainConfig":
+        """Build the groups from flat `{field name: value}`; absent fields take their defaults."""
+        return cls(
+            **{
+                group: kind(**{f.name: values[f.name] for f in dataclasses.fields(kind) if f.name in values})
+                for group, kind in get_type_hints(cls).items()
+            }
+        )
+
+    def values(self) -> dict[str, Any]:
+        """Return flat `{field name: value}`."""
+        return {s.name: getattr(getattr(self, s.group), s.name) for s in all_settings()}
+
+    def flags(self) -> list[str]:
+        """Return the command line that says the same; settings at their default are left out."""
+        result = []
+        for item in all_settings():
+            value = getattr(getattr(self, item.group), item.name)
+            if value == item.default:
+                continue
+            if item.type is bool:
+                result.append(item.flag if value else item.flag.replace("--", "--no-", 1))
+            else:
+                result += [item.flag, str(value)]
+        return result
+
+    def problems(self) -> list[str]:
+        """Return every complaint that needs neither a file nor a model."""
+        found = [
+            problem
+            for item in all_settings()
+            for problem in item.problems(getattr(getattr(self, item.group), item.name))
+        ]
+        optimizer, batch = self.optimizer, self.batch
+        if optimizer.min_lr > optimizer.lr:
+            found.append(f"--min-lr {optimizer.min_lr} is larger than --lr {optimizer.lr}")
+        if bool(batch.train_iters) == bool(batch.epochs):
+            found.append("give either --train-iters or --epochs")
+        if batch.train_iters and optimizer.warmup_iters >= batch.train_iters:
+            found.append(
+                f"--warmup-iters {optimizer.warmup_iters} leaves nothing of --train-iters {batch.train_iters}: "
+                "the warm-up is part of the training steps"
+            )
+        if self.model.checkpoint == "none" and self.model.hf_config is None:
+            found.append("--checkpoint none trains from random weights and needs --hf-config (HF_CONFIG)")
+        return found
+
+    def check(self) -> None:
+        """Raise UsageError with all complaints of `problems`."""
+        raise_all(UsageError, "settings", self.problems())
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One declared field, as flags and documents need it."""
+
+    group: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+    at_least: float | None
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """The values of a Literal, else nothing."""
+        return get_args(self.type) if get_origin(self.type) is Literal else ()
+
+    def problems(self, value: Any) -> list[str]:
+        if self.at_least is not None and not self.at_least <= value < math.inf:  # written so that a nan fails too
+            return [f"{self.flag} is {value}, must be a number of at least {self.at_least:g}"]
+        if self.choices and value not in self.choices:
+            return [f"{self.flag} is {value}, must be one of {', '.join(self.choices)}"]
+        return []
+
+
+def all_settings() -> Iterator[Setting]:
+    """Yield every setting in the order of declaration."""
+    for group, kind in get_type_hints(TrainConfig).items():
+        types = get_type_hints(kind)
+        for field in dataclasses.fields(kind):
+            help, at_least = field.metadata["help"], field.metadata["at_least"]
+            yield Setting(group, field.name, types[field.name], field.default, help, at_least)
+
+
+def as_command(words: list[str]) -> str:
+    """Return `words` as a line that a shell reads back unchanged."""
+    return shlex.join(words)

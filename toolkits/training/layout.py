@@ -1,0 +1,98 @@
+"""The parallel layout: a small value, checked once against the model and the world, then trusted."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ..foundation.errors import UsageError, raise_all
+from .config import TrainConfig
+
+DIVIDED_BY_TENSOR_PARALLEL = {
+    "num_attention_heads": "attention heads",
+    "num_query_groups": "KV groups",
+    "ffn_hidden_size": "feed-forward units",
+}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `world` ranks are used: world = tensor * pipeline * data."""
+
+    world: int
+    tensor: int
+    pipeline: int
+    sequence: bool  # sequence parallel
+    micro_batches: int  # of one data-parallel rank in one step
+
+    @property
+    def data(self) -> int:
+        """Number of data-parallel replicas."""
+        return self.world // (self.tensor * self.pipeline)
+
+
+def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layout:
+    """Return the layout, or raise one UsageError with every rule that `config` breaks.
+
+    `model` holds num_layers, num_attention_heads, num_query_groups and ffn_hidden_size, as
+    `conversion.plan.mcore_settings` gives them; `world` is the number of ranks.
+    """
+    raise_all(UsageError, "parallel layout", layout_problems(config, model, world))
+    settings, batch = config.layout, config.batch
+    replicas = world // (settings.tensor_parallel * settings.pipeline_parallel)
+    return Layout(
+        world=world,
+        tensor=settings.tensor_parallel,
+        pipeline=settings.pipeline_parallel,
+        sequence=settings.sequence_parallel and settings.tensor_parallel > 1,
+        micro_batches=batch.global_batch_size // (batch.micro_batch_size * replicas),
+    )
+
+
+def layout_problems(config: TrainConfig, model: Mapping[str, Any], world: int) -> list[str]:
+    """Return every rule of the layout that `config` breaks, with the nearest values that would do."""
+    tensor, pipeline = config.layout.tensor_parallel, config.layout.pipeline_parallel
+    found = _tensor_problems(tensor, model) + _pipeline_problems(pipeline, model["num_layers"])
+    if world % (tensor * pipeline):
+        found.append(f"TP={tensor} x PP={pipeline} = {tensor * pipeline} does not divide the {world} ranks")
+        return found
+    replicas = world // (tensor * pipeline)
+    step, batch = config.batch.micro_batch_size * replicas, config.batch
+    if batch.global_batch_size % step:
+        below = batch.global_batch_size // step * step
+        nearest = _listed([rows for rows in (below, below + step) if rows])
+        found.append(
+            f"GLOBAL_BATCH_SIZE {batch.global_batch_size} is not a multiple of "
+            f"BATCH_SIZE {batch.micro_batch_size} x DP {replicas} = {step}: use {nearest}"
+        )
+    return found
+
+
+def _tensor_problems(tensor: int, model: Mapping[str, Any]) -> list[str]:
+    broken = {label: model[key] for key, label in DIVIDED_BY_TENSOR_PARALLEL.items() if model[key] % tensor}
+    smallest = min(model[key] for key in DIVIDED_BY_TENSOR_PARALLEL)
+    valid = [n for n in range(1, smallest + 1) if not any(model[key] % n for key in DIVIDED_BY_TENSOR_PARALLEL)]
+    advice = f"use TP {_listed(valid)}"
+    return [
+        f"TP={tensor} > {count} {label}: {advice}"
+        if tensor > count
+        else f"TP={tensor} does not divide {count} {label}: {advice}"
+        for label, count in broken.items()
+    ]
+
+
+def _pipeline_problems(pipeline: int, layers: int) -> list[str]:
+    if layers % pipeline == 0:
+        return []
+    if pipeline > layers:
+        split = f"{pipeline - layers} stages would have no layer"
+    else:
+        sizes = [layers // pipeline + (stage < layers % pipeline) for stage in range(pipeline)]
+        split = "the stages would hold " + "+".join(map(str, sizes)) + " layers"
+    valid = [n for n in range(1, layers + 1) if layers % n == 0]
+    nearest = sorted(sorted(valid, key=lambda n: abs(n - pipeline))[:2])
+    return [f"PP={pipeline} does not divide {layers} layers ({split}): use PP {_listed(nearest)}"]
+
+
+def _listed(numbers: list[int]) -> str:
+    *first, last = map(str, numbers)
+    return f"{', '.join(first)} or {last}" if first else last
