@@ -53,6 +53,11 @@ def publish_files(prefix: Path, suffixes: Sequence[str], *, overwrite: bool = Fa
             temporary.rmdir()
 
 
+def temporary_of(target: Path) -> Path:
+    """Return the directory that `publish_directory(target)` yields, for other processes that write into it."""
+    return _sibling(_resolved(target), ".tmp-")
+
+
 def write_text(target: Path, text: str) -> None:
     """Replace the small file `target` by `text` in one step."""
     temporary = _sibling(target, ".tmp-")
@@ -101,7 +106,7 @@ def _refuse_existing(targets: Sequence[Path], overwrite: bool) -> None:
 
 
 def _fresh_temporary(target: Path) -> Path:
-    temporary = _sibling(target, ".tmp-")
+    temporary = temporary_of(target)
     if temporary.exists():
         print(f"removing {temporary}, left unfinished by a process that died", flush=True)
         shutil.rmtree(temporary)

@@ -1,0 +1,109 @@
+"""Settings, parallel layout and learning rate: plain arithmetic with plain answers."""
+
+import dataclasses
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from toolkits.foundation.errors import UsageError
+from toolkits.training.config import TrainConfig, all_settings
+from toolkits.training.layout import layout_of, layout_problems
+from toolkits.training.optimizer import learning_rate
+from toolkits.training.options import settings_options
+
+MODEL = {"num_layers": 28, "num_attention_heads": 28, "num_query_groups": 4, "ffn_hidden_size": 18944}
+
+
+def config(**values):
+    required = {"checkpoint": "ckpt", "data": Path("data"), "output": Path("out"), "train_iters": 10}
+    return TrainConfig.from_values(required | values)
+
+
+def parsed(words):
+    found = {}
+
+    @click.command()
+    @settings_options
+    def command(**values):
+        found.update(values)
+
+    result = CliRunner().invoke(command, words, standalone_mode=False)
+    if result.exception:
+        raise result.exception
+    return TrainConfig.from_values(found)
+
+
+def test_flags_say_exactly_what_the_config_holds():
+    changed = {"packing": False, "tensor_parallel": 2, "lr": 3e-4, "precision": "fp32", "valid_data": Path("a b")}
+    original = config(**changed)
+    assert parsed(shlex.split(shlex.join(original.flags()))) == original
+
+
+def test_every_setting_has_a_sentence_and_its_own_name():
+    settings = list(all_settings())
+    assert all(item.help.endswith(".") for item in settings)
+    assert len({item.name for item in settings}) == len(settings)
+
+
+def test_a_config_names_all_its_problems_at_once():
+    broken = config(micro_batch_size=0, lr=float("nan"), train_iters=10, warmup_iters=10, checkpoint="none")
+    with pytest.raises(UsageError) as caught:
+        broken.check()
+    for part in ("--micro-batch-size is 0", "--lr is nan", "--warmup-iters 10", "needs --hf-config"):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"min_lr": 2e-5}, "--min-lr 2e-05 is larger than --lr 1e-05"),
+        ({"train_iters": 0}, "either --train-iters or --epochs"),
+        ({"epochs": 1.0}, "either --train-iters or --epochs"),
+        ({"precision": "fp8"}, "--precision is fp8, must be one of bf16, fp32"),
+    ],
+)
+def test_a_problem_is_said_with_its_numbers(values, message):
+    assert any(message in problem for problem in config(**values).problems())
+
+
+@pytest.mark.parametrize(
+    ("values", "world", "message"),
+    [
+        ({"tensor_parallel": 8}, 8, "TP=8 > 4 KV groups: use TP 1, 2 or 4"),
+        ({"tensor_parallel": 3}, 3, "TP=3 does not divide 28 attention heads: use TP 1, 2 or 4"),
+        ({"pipeline_parallel": 5}, 5, "PP=5 does not divide 28 layers (the stages would hold 6+6+6+5+5 layers): use PP 4 or 7"),
+        ({"pipeline_parallel": 30}, 30, "2 stages would have no layer): use PP 14 or 28"),
+        ({"tensor_parallel": 2, "pipeline_parallel": 2}, 6, "TP=2 x PP=2 = 4 does not divide the 6 ranks"),
+        ({"global_batch_size": 10, "micro_batch_size": 4}, 1, "not a multiple of BATCH_SIZE 4 x DP 1 = 4: use 8 or 12"),
+    ],
+)
+def test_a_layout_that_cannot_be_names_the_nearest_that_can(values, world, message):
+    problems = layout_problems(config(**values), MODEL, world)
+    assert any(message in problem for problem in problems), problems
+
+
+def test_all_broken_rules_of_a_layout_come_together():
+    broken = config(tensor_parallel=8, pipeline_parallel=3, global_batch_size=7, micro_batch_size=2)
+    with pytest.raises(UsageError, match=r"(?s)TP=8 > 4.*PP=3.*GLOBAL_BATCH_SIZE 7"):
+        layout_of(broken, MODEL, 24)
+
+
+def test_a_layout_that_can_be_says_the_rest():
+    layout = layout_of(config(tensor_parallel=2, pipeline_parallel=2, global_batch_size=24, micro_batch_size=3), MODEL, 8)
+    assert dataclasses.astuple(layout) == (8, 2, 2, True, 4) and layout.data == 2
+    assert not layout_of(config(), MODEL, 1).sequence, "sequence parallelism is off at TP=1"
+
+
+def test_the_learning_rate_warms_up_inside_and_ends_exactly_at_the_floor():
+    rates = [learning_rate(step, steps=1000, warmup=100, peak=1e-5, floor=1e-6) for step in range(1, 1001)]
+    assert rates[0] == 1e-5 / 100 and rates[49] == pytest.approx(0.5e-5)
+    assert rates[99] == 1e-5 == max(rates)
+    assert rates[99 + 450] == pytest.approx((1e-5 + 1e-6) / 2)
+    assert rates[-1] == 1e-6 and all(a > b for a, b in zip(rates[99:], rates[100:], strict=False))
+
+
+def test_without_warm_up_the_first_step_is_near_the_peak():
+    assert learning_rate(1, steps=1000, warmup=0, peak=1.0, floor=0.0) == pytest.approx(1.0, abs=1e-5)

@@ -1,0 +1,252 @@
+"""The training line against the truth: a plain transformers + AdamW loop, and itself at every layout."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from training_world import flags, run_cases, write_dataset, write_model
+
+from data_preprocessing.dataset import open_dataset
+from toolkits.training.batches import Batches, training_rows
+from toolkits.training.config import BatchSettings, DataSettings
+from toolkits.training.layout import Layout
+from toolkits.training.optimizer import learning_rate
+
+STEPS = 20
+LAYOUT_STEPS = 6
+SEQ_LEN, MICRO, GLOBAL = 129, 2, 8  # odd: sequence parallelism has to round up
+SCHEDULE = {"lr": 1e-3, "min_lr": 1e-4, "warmup_iters": 3}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A tied and an untied model with training and validation data."""
+    folder = tmp_path_factory.mktemp("inputs")
+    tied = write_model(folder / "tied")
+    untied = write_model(folder / "untied", tied=False, head_dim=10)
+    data = write_dataset(folder / "data", tied, rows=60)
+    valid = write_dataset(folder / "valid", tied, rows=9, seed=6)
+    return {"tied": tied, "untied": untied, "data": data, "valid": valid}
+
+
+def case(inputs, output, *, model="tied", **changes):
+    """The flags of one run; `output` gets its checkpoint and HuggingFace export."""
+    settings = {
+        "checkpoint": inputs[model],
+        "data": inputs["data"],
+        "valid_data": inputs["valid"],
+        "seq_len": SEQ_LEN,
+        "micro_batch_size": MICRO,
+        "global_batch_size": GLOBAL,
+        "train_iters": LAYOUT_STEPS,
+        "precision": "fp32",
+        "export_hf": True,
+        "output": output,
+        **SCHEDULE,
+    }
+    return flags(**(settings | changes))
+
+
+@pytest.fixture(scope="module")
+def alone(inputs, tmp_path_factory):
+    """Runs on one rank: (folder, histories)."""
+    folder = tmp_path_factory.mktemp("alone")
+    everything = packed_rows(inputs)
+    cases = {
+        "tied": case(inputs, folder / "tied", train_iters=STEPS),
+        "untied": case(inputs, folder / "untied", model="untied", train_iters=STEPS),
+        "short": case(inputs, folder / "short"),
+        "reference-attention": case(inputs, folder / "reference-attention", flash_attention=False),
+        "bf16": case(inputs, folder / "bf16", precision="bf16"),
+        "all-packed": case(inputs, folder / "all-packed", global_batch_size=everything, micro_batch_size=1),
+        "all-apart": case(inputs, folder / "all-apart", global_batch_size=60, packing=False),
+    }
+    return folder, run_cases(folder / "world", 1, cases)
+
+
+@pytest.fixture(scope="module")
+def two_ranks(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    cases = {
+        "tp2-sp": case(inputs, folder / "tp2-sp", tensor_parallel=2),
+        "tp2": case(inputs, folder / "tp2", tensor_parallel=2, sequence_parallel=False, distributed_optimizer=False),
+        "pp2": case(inputs, folder / "pp2", pipeline_parallel=2),
+        "dp2": case(inputs, folder / "dp2"),
+        "dp2-plain": case(inputs, folder / "dp2-plain", distributed_optimizer=False),
+        "tp2-bf16": case(inputs, folder / "tp2-bf16", tensor_parallel=2, precision="bf16"),
+        "untied-tp2-20": case(inputs, folder / "untied-tp2-20", model="untied", tensor_parallel=2, train_iters=STEPS),
+    }
+    return folder, run_cases(folder / "world", 2, cases)
+
+
+@pytest.fixture(scope="module")
+def four_ranks(inputs, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("four")
+    parallel = {"tensor_parallel": 2, "pipeline_parallel": 2}
+    cases = {
+        "tp2-pp2": case(inputs, folder / "tp2-pp2", **parallel),
+        "tp2-dp2": case(inputs, folder / "tp2-dp2", tensor_parallel=2),
+        "pp2-dp2-plain": case(inputs, folder / "pp2-dp2-plain", pipeline_parallel=2, distributed_optimizer=False),
+    }
+    return folder, run_cases(folder / "world", 4, cases)
+
+
+def packed_rows(inputs):
+    """Return how many packed rows all of the training data makes."""
+    dataset = open_dataset(inputs["data"])
+    settings = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
+    return len(training_rows(dataset, np.arange(len(dataset)), settings)[0])
+
+
+def reference_losses(inputs, model, *, shift=0):
+    """Train with transformers and torch alone, each conversation by itself; return losses and final weights.
+
+    `shift` moves the loss mask: 1 is the classic off-by-one.
+    """
+    from transformers import Qwen2ForCausalLM
+
+    network = Qwen2ForCausalLM.from_pretrained(inputs[model], dtype=torch.float32)
+    decayed = [weight for weight in network.parameters() if weight.dim() > 1]
+    plain = [weight for weight in network.parameters() if weight.dim() == 1]
+    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
+    dataset = open_dataset(inputs["data"])
+    data = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
+    rows, _ = training_rows(dataset, np.arange(len(dataset)), data)
+    sizes = BatchSettings(micro_batch_size=MICRO, global_batch_size=GLOBAL)
+    batches = Batches(rows, sizes, Layout(1, 1, 1, False, GLOBAL // MICRO), replica=0, seed=data.seed)
+    losses = []
+    for step in range(STEPS):
+        rate = learning_rate(step + 1, steps=STEPS, warmup=3, peak=1e-3, floor=1e-4)
+        total, trained = 0.0, 0
+        for sample in (sample for number in batches.row_numbers(step) for sample in rows.rows[number]):
+            tokens = torch.from_numpy(dataset.tokens(sample.index).astype(np.int64))
+            mask = np.roll(dataset.mask(sample.index), shift)[1:]
+            logits = network(tokens[None, :-1]).logits[0]
+            each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
+            total, trained = total + (each * torch.from_numpy(mask.astype(np.float32))).sum(), trained + int(mask.sum())
+        optimizer.zero_grad()
+        (total / trained).backward()
+        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        losses.append(float(total.detach()) / trained)
+    return losses, network.state_dict()
+
+
+def exported(folder, name):
+    return load_file(folder / name / "huggingface" / "sft" / "model.safetensors")
+
+
+def largest_relative(ours, theirs):
+    """Return the largest difference of a tensor, relative to its norm."""
+    return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
+
+
+def losses(history):
+    return [step["loss"] for step in history]
+
+
+@pytest.mark.parametrize("model", ["tied", "untied"])
+def test_twenty_steps_equal_a_plain_transformers_loop(inputs, alone, model):
+    folder, histories = alone
+    expected, weights = reference_losses(inputs, model)
+    assert losses(histories[model]) == pytest.approx(expected, abs=1e-4)
+    assert expected[-1] < expected[0] - 0.5, "nothing was learned: the comparison would prove little"
+    final = exported(folder, model)
+    assert set(final) == set(weights) - ({"lm_head.weight"} if model == "tied" else set())
+    assert largest_relative(final, weights) < 1e-3
+
+
+def test_the_comparison_fails_when_the_mask_is_shifted_by_one(inputs, alone):
+    shifted, weights = reference_losses(inputs, "tied", shift=1)
+    folder, histories = alone
+    difference = np.abs(np.array(losses(histories["tied"])) - shifted)
+    assert difference.max() > 1e-2 and largest_relative(exported(folder, "tied"), weights) > 1e-2
+
+
+def test_a_packed_row_equals_its_conversations_trained_apart(alone):
+    folder, histories = alone
+    packed, apart = histories["all-packed"], histories["all-apart"]
+    assert packed[0]["trained_tokens"] == apart[0]["trained_tokens"]
+    assert losses(packed) == pytest.approx(losses(apart), abs=1e-5)
+    norms = [[step["grad_norm"] for step in history] for history in (packed, apart)]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-5)
+    assert largest_relative(exported(folder, "all-packed"), exported(folder, "all-apart")) < 1e-4
+
+
+def test_the_exact_attention_agrees_with_the_fused_one(alone):
+    folder, histories = alone
+    assert losses(histories["reference-attention"]) == pytest.approx(losses(histories["short"]), abs=1e-5)
+    assert largest_relative(exported(folder, "reference-attention"), exported(folder, "short")) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("world", "name"),
+    [
+        ("two_ranks", "tp2-sp"),
+        ("two_ranks", "tp2"),
+        ("two_ranks", "pp2"),
+        ("two_ranks", "dp2"),
+        ("two_ranks", "dp2-plain"),
+        ("four_ranks", "tp2-pp2"),
+        ("four_ranks", "tp2-dp2"),
+        ("four_ranks", "pp2-dp2-plain"),
+    ],
+)
+def test_every_layout_trains_the_same_model(alone, world, name, request):
+    single_folder, single = alone
+    folder, histories = request.getfixturevalue(world)
+    assert losses(histories[name]) == pytest.approx(losses(single["short"]), abs=1e-4)
+    norms = [[step["grad_norm"] for step in history] for history in (histories[name], single["short"])]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+    counts = [[step["trained_tokens"] for step in history] for history in (histories[name], single["short"])]
+    assert counts[0] == counts[1]
+    assert largest_relative(exported(folder, name), exported(single_folder, "short")) < 1e-3
+
+
+def test_the_untied_model_trains_the_same_at_tp2(alone, two_ranks):
+    (single_folder, single), (folder, histories) = alone, two_ranks
+    assert losses(histories["untied-tp2-20"]) == pytest.approx(losses(single["untied"]), abs=1e-4)
+    assert largest_relative(exported(folder, "untied-tp2-20"), exported(single_folder, "untied")) < 1e-3
+
+
+def test_bf16_follows_fp32(alone, two_ranks):
+    _, single = alone
+    _, double = two_ranks
+    assert losses(single["bf16"]) == pytest.approx(losses(single["short"]), abs=0.05)
+    assert losses(double["tp2-bf16"]) == pytest.approx(losses(single["bf16"]), abs=0.05)
+    assert losses(single["bf16"]) != losses(single["short"])
+
+
+def test_bf16_weights_come_out_as_bf16(two_ranks):
+    folder, _ = two_ranks
+    assert {tensor.dtype for tensor in exported(folder, "tp2-bf16").values()} == {torch.bfloat16}
+
+
+def test_a_run_leaves_what_the_launchers_contract_says(alone):
+    folder, _ = alone
+    out = folder / "short"
+    run = out / "checkpoint" / "sft"
+    assert {path.name for path in run.iterdir()} == {
+        "hf",
+        "iter_0000006",
+        "latest_checkpointed_iteration.txt",
+        "loss.png",
+    }
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert (run / "latest_checkpointed_iteration.txt").read_text() == "6"
+    (log,) = (out / "log").glob("sft_*.log")
+    text = log.read_text()
+    assert text.count("| loss ") == LAYOUT_STEPS + 1, "a line for every step and one for the validation"
+    assert "step 6/6 | loss " in text and "| lr 1.000e-04 |" in text and "validation after step 6 | loss " in text
+    (board,) = (out / "tensorboard").glob("sft_*")
+    assert any(path.stat().st_size > 500 for path in Path(board).iterdir())
+
+
+def test_the_last_step_has_exactly_the_smallest_learning_rate(alone):
+    _, histories = alone
+    assert histories["tied"][-1]["learning_rate"] == 1e-4

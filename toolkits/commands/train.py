@@ -1,0 +1,40 @@
+"""`temper train`: start a run on this machine, or be one rank of it."""
+
+import sys
+from typing import Any
+
+import click
+
+from ..training.config import TrainConfig
+from ..training.options import settings_options
+
+
+@click.group()
+def train() -> None:
+    """Tune a model with Megatron-core."""
+
+
+@train.command("sft")
+@settings_options
+@click.option("--ranks", type=int, help="Ranks on this machine; default: its GPUs, or TP x PP without one.")
+def sft(ranks: int | None, **values: Any) -> None:
+    """Supervised fine-tuning of all parameters."""
+    from ..launch.elastic import start_ranks
+    from ..launch.ranks import ranks_of_machine
+
+    config = TrainConfig.from_values(values)
+    config.check()
+    layout = config.layout
+    count = ranks or ranks_of_machine(layout.tensor_parallel * layout.pipeline_parallel)
+    sys.exit(start_ranks(["sft", *config.flags()], ranks=count))
+
+
+def read_config(arguments: list[str]) -> TrainConfig:
+    """Read the flags of one rank, as `TrainConfig.flags` writes them."""
+    return TrainConfig.from_values(_rank_flags.main(arguments, standalone_mode=False))
+
+
+@click.command()
+@settings_options
+def _rank_flags(**values: Any) -> dict[str, Any]:
+    return values

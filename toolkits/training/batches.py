@@ -1,0 +1,213 @@
+"""From a dataset on disk to the micro batches of one rank.
+
+    dataset -> samples that fit SEQ_LEN -> rows of whole conversations -> an order -> micro batches
+
+The order is a pure function of (seed, epoch, index): which rows a step trains on does not depend on the
+parallel layout, and a run can go on at any step.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from megatron.core.packed_seq_params import PackedSeqParams
+
+from data_preprocessing.dataset import Dataset
+from data_preprocessing.packing import pack
+
+from ..foundation.errors import DataError
+from .config import BatchSettings, DataSettings
+from .layout import Layout
+
+HELD_OUT = 0.01  # part of the training data that validates when there is no validation set
+PAD_TOKEN = 0  # never trained on and never seen by a conversation, so any id does
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation of the dataset, cut to `length` tokens."""
+
+    index: int
+    length: int
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows of at most `seq_len` tokens, each a tuple of whole conversations of `dataset`."""
+
+    dataset: Dataset
+    rows: Sequence[tuple[Sample, ...]]
+    seq_len: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows laid end to end, in megatron-core's packed format.
+
+    tokens, labels and positions are int64 [1, t], loss_mask fp32 [1, t]: 1 where the label is trained on.
+    Labels are shifted already: position i predicts labels[i].
+    """
+
+    tokens: torch.Tensor
+    labels: torch.Tensor
+    loss_mask: torch.Tensor
+    positions: torch.Tensor
+    packed: PackedSeqParams
+
+    @property
+    def num_trained(self) -> int:
+        return int(self.loss_mask.sum())
+
+
+def training_rows(dataset: Dataset, indices: np.ndarray, settings: DataSettings) -> tuple[Rows, list[str]]:
+    """Return the rows made of the conversations `indices`, and one sentence for each thing left out.
+
+    Raises DataError when nothing is left, or when `too_long` is `stop` and something is too long.
+    """
+    samples, remarks = _fitting(dataset, indices, settings)
+    if not samples:
+        raise DataError(f"{dataset.path}: no conversation with a trained token fits --seq-len {settings.seq_len}")
+    if settings.packing:
+        lengths = np.array([sample.length for sample in samples])
+        rows = [tuple(samples[i] for i in members) for members in pack(lengths, settings.seq_len)]
+    else:
+        rows = [(sample,) for sample in samples]
+    return Rows(dataset, rows, settings.seq_len), remarks
+
+
+def split_indices(dataset: Dataset, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Hold out 1% of the conversations, one at least; return (training, validation) indices in order."""
+    if len(dataset) < 2:
+        raise DataError(f"{dataset.path}: {len(dataset)} conversation is too few to hold one out for validation")
+    held_out = max(1, round(len(dataset) * HELD_OUT))
+    order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset))
+    return np.sort(order[held_out:]), np.sort(order[:held_out])
+
+
+class Batches:
+    """The micro batches of one data-parallel rank, step after step."""
+
+    def __init__(self, rows: Rows, batch: BatchSettings, layout: Layout, *, replica: int, seed: int) -> None:
+        self.rows, self.batch, self.layout, self.replica, self.seed = rows, batch, layout, replica, seed
+
+    def require_one_step(self) -> None:
+        """Raise DataError when the rows do not fill one global batch."""
+        if len(self.rows) < self.batch.global_batch_size:
+            raise DataError(
+                f"{self.rows.dataset.path}: {len(self.rows)} rows of {self.rows.seq_len} tokens are fewer than one "
+                f"global batch of {self.batch.global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, "
+                "or MP_SFT_PACKING=false"
+            )
+
+    def step(self, step: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro batches of training step `step`, counted from 0."""
+        return self._micro_batches(self.row_numbers(step))
+
+    def row_numbers(self, step: int) -> list[int]:
+        """Return the rows of the global batch of `step`, over all ranks."""
+        size, count = self.batch.global_batch_size, len(self.rows)
+        places = range(step * size, (step + 1) * size)
+        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
+        return [int(orders[place // count][place % count]) for place in places]
+
+    def evaluation(self) -> Iterator[Iterator[MicroBatch]]:
+        """Yield every row once in global batches; empty rows fill the last one, so that ranks stay in step."""
+        size = self.batch.global_batch_size
+        for start in range(0, len(self.rows), size):
+            numbers = range(start, start + size)
+            yield self._micro_batches([number if number < len(self.rows) else None for number in numbers])
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+
+    def _micro_batches(self, numbers: Sequence[int | None]) -> Iterator[MicroBatch]:
+        micro, replicas = self.batch.micro_batch_size, self.layout.data
+        for start in range(self.replica * micro, len(numbers), micro * replicas):
+            chosen = [() if n is None else self.rows.rows[n] for n in numbers[start : start + micro]]
+            yield micro_batch(self.rows.dataset, chosen, row_length(self.rows.seq_len, self.layout))
+
+
+def row_length(seq_len: int, layout: Layout) -> int:
+    """Return the tokens a row takes: sequence parallelism needs a multiple of TP."""
+    return -(-seq_len // layout.tensor) * layout.tensor
+
+
+def micro_batch(dataset: Dataset, rows: Sequence[Sequence[Sample]], length: int) -> MicroBatch:
+    """Lay `rows` end to end, each padded to `length`; the padding is a sequence of its own."""
+    tokens = np.full(len(rows) * length, PAD_TOKEN, dtype=np.int64)
+    labels, positions = tokens.copy(), np.zeros_like(tokens)
+    mask = np.zeros(len(tokens), dtype=np.float32)
+    ends = []
+    for number, row in enumerate(rows):
+        at = number * length
+        for sample in row:
+            span = slice(at, at + sample.length)
+            tokens[span] = dataset.tokens(sample.index)[: sample.length]
+            labels[at : span.stop - 1] = tokens[at + 1 : span.stop]
+            mask[at : span.stop - 1] = dataset.mask(sample.index)[1 : sample.length]
+            positions[span] = np.arange(sample.length)
+            ends.append(at := span.stop)
+        if at < (number + 1) * length:
+            ends.append((number + 1) * length)
+    lengths = np.diff([0, *ends])
+    return MicroBatch(
+        *(torch.from_numpy(array).unsqueeze(0) for array in (tokens, labels, mask, positions)),
+        packed=packed_params(ends, longest=int(lengths.max())),
+    )
+
+
+def packed_params(ends: Sequence[int], *, longest: int) -> PackedSeqParams:
+    """Describe sequences that end at `ends`; `longest` must be exact, or positions run on along the row."""
+    cumulative = torch.tensor([0, *ends], dtype=torch.int32)
+    return PackedSeqParams(
+        qkv_format="thd",
+        cu_seqlens_q=cumulative,
+        cu_seqlens_kv=cumulative,
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+    )
+
+
+def _fitting(dataset: Dataset, indices: np.ndarray, settings: DataSettings) -> tuple[list[Sample], list[str]]:
+    lengths = np.asarray(dataset.lengths)[indices]
+    long = lengths > settings.seq_len
+    if settings.too_long == "stop" and long.any():
+        worst = indices[int(lengths.argmax())]
+        raise DataError(
+            f"{dataset.path}: {long.sum():,} of {len(indices):,} conversations are longer than --seq-len "
+            f"{settings.seq_len}, the longest {lengths.max():,} tokens (row {worst}); raise SEQ_LEN, or cut them "
+            "with --too-long truncate, or leave them out with --too-long drop"
+        )
+    samples, dropped, untrained = [], 0, 0
+    for index, length, is_long in zip(indices.tolist(), lengths.tolist(), long.tolist(), strict=True):
+        mask = dataset.mask(index)
+        if is_long:
+            length = _last_turn_end(mask, settings.seq_len) if settings.too_long == "truncate" else 0
+        if length == 0:
+            dropped += 1
+        elif not mask[1:length].any():
+            untrained += 1
+        else:
+            samples.append(Sample(index, length))
+    return samples, _remarks(dataset, int(long.sum()) - dropped, dropped, untrained, settings.seq_len)
+
+
+def _last_turn_end(mask: np.ndarray, limit: int) -> int:
+    """Return where the last trained turn ends that is whole within `limit` tokens; 0 when none is."""
+    ends = np.flatnonzero(np.diff(mask[: limit + 1].astype(np.int8)) == -1) + 1
+    return int(ends[-1]) if len(ends) else 0
+
+
+def _remarks(dataset: Dataset, cut: int, dropped: int, untrained: int, seq_len: int) -> list[str]:
+    remarks = []
+    if cut:
+        remarks.append(f"{cut:,} conversations over {seq_len} tokens were cut behind their last whole answer that fits")
+    if dropped:
+        remarks.append(f"{dropped:,} conversations were left out: over {seq_len} tokens, and no whole answer fits")
+    if untrained:
+        remarks.append(f"{untrained:,} conversations were left out: no token of them is trained on")
+    return [f"{dataset.path}: {remark}" for remark in remarks]

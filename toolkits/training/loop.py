@@ -1,0 +1,145 @@
+"""The training loop; what is optimised is the objective's business, where it runs is the layout's."""
+
+import math
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from ..foundation.errors import InterruptedRun, NumericsError
+from ..launch.rank import stop_requested
+from .batches import Batches, MicroBatch, row_length
+from .checkpointing import save_step
+from .config import TrainConfig
+from .layout import Layout
+from .optimizer import learning_rate, set_learning_rate
+from .parallel.model import unwrapped
+from .parallel.world import speaks_for_replica, sum_over_ranks
+from .reporter import Reporter, StepFigures
+
+
+@dataclass(frozen=True)
+class Training:
+    """Everything a run needs once it is set up."""
+
+    config: TrainConfig
+    layout: Layout
+    steps: int
+    objective: ModuleType  # one of `objectives`
+    model: DistributedDataParallel
+    optimizer: MegatronOptimizer
+    batches: Batches
+    validation: Batches
+    reporter: Reporter
+    checkpoints: Path
+
+
+def train(run: Training) -> Path:
+    """Run all steps, saving and validating on the way; return the last checkpoint.
+
+    Raises InterruptedRun after a requested stop was honoured, NumericsError on a loss or gradient that
+    is not finite.
+    """
+    run.model.config.finalize_model_grads_func = finalize_model_grads
+    run.model.config.grad_scale_func = run.optimizer.scale_loss
+    saved = run.checkpoints
+    for index in range(run.steps):
+        figures, stop = train_step(run, index)
+        run.reporter.step(figures)
+        last = figures.step == run.steps
+        save_due = last or stop or _is_due(figures.step, run.config.output.save_interval)
+        if (save_due and not stop) or _is_due(figures.step, run.config.output.eval_interval):
+            loss, tokens = evaluate(run)
+            run.reporter.validated(figures.step, loss, tokens)
+        if save_due:
+            saved = _save(run, figures.step)
+        if stop and not last:
+            raise InterruptedRun(f"stopped after step {figures.step} of {run.steps}, saved as {saved}")
+    return saved
+
+
+def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
+    """Take optimizer step `index` (from 0); return its figures and whether any rank was asked to stop."""
+    started, settings = time.monotonic(), run.config.optimizer
+    rate = learning_rate(
+        index + 1, steps=run.steps, warmup=settings.warmup_iters, peak=settings.lr, floor=settings.min_lr
+    )
+    set_learning_rate(run.optimizer, rate)
+    run.model.zero_grad_buffer()
+    run.optimizer.zero_grad()
+    loss, trained, stop = _forward_backward(run, run.batches.step(index), forward_only=False)
+    _require_finite("loss", loss, run, index)
+    _, grad_norm, _ = run.optimizer.step()
+    _require_finite("gradient norm", grad_norm, run, index)
+    rows = run.batches.rows.rows
+    tokens = sum(sample.length for number in run.batches.row_numbers(index) for sample in rows[number])
+    figures = StepFigures(index + 1, loss, rate, float(grad_norm), tokens, trained, time.monotonic() - started)
+    return figures, stop
+
+
+def evaluate(run: Training) -> tuple[float, int]:
+    """Return the mean loss over all trained tokens of the validation rows, and how many those are."""
+    total, tokens = 0.0, 0
+    run.model.eval()
+    with torch.no_grad():
+        for batches in run.validation.evaluation():
+            loss, trained, _ = _forward_backward(run, batches, forward_only=True)
+            total, tokens = total + loss * trained, tokens + trained
+    run.model.train()
+    return total / tokens, tokens
+
+
+def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> tuple[float, int, bool]:
+    """Run one global batch; return its mean loss, its trained tokens, and whether a rank was asked to stop."""
+    micro = run.config.batch.micro_batch_size
+    results = get_forward_backward_func()(
+        forward_step_func=run.objective.forward_step,
+        data_iterator=batches,
+        model=[run.model],
+        num_microbatches=run.layout.micro_batches,
+        # Packed rows lie end to end: one long row in the eyes of megatron-core.
+        seq_length=micro * row_length(run.config.data.seq_len, run.layout),
+        micro_batch_size=1,
+        forward_only=forward_only,
+    )
+    mine = [0.0, 0.0]
+    if speaks_for_replica():
+        mine = [float(sum(result[key] for result in results)) for key in ("loss", "trained_tokens")]
+    loss, trained, stop = sum_over_ranks([*mine, float(stop_requested())])
+    return loss / max(trained, 1.0), int(trained), stop > 0
+
+
+def _require_finite(what: str, value: float, run: Training, index: int) -> None:
+    if math.isfinite(value):
+        return
+    rows = ", ".join(map(str, run.batches.row_numbers(index)))
+    steps = sorted(run.checkpoints.glob("iter_*"))
+    good = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
+    raise NumericsError(
+        f"step {index + 1}: the {what} is {value}; {good}. Rows of this batch: {rows}. "
+        "A lower --lr, or --precision fp32, is what usually helps"
+    )
+
+
+def _save(run: Training, step: int) -> Path:
+    saved = save_step(
+        run.checkpoints,
+        step,
+        model=unwrapped(run.model),
+        optimizer=run.optimizer,
+        distributed=run.config.layout.distributed_optimizer,
+        keep_last=run.config.output.keep_last,
+    )
+    run.reporter.draw()
+    run.reporter.say(f"saved {saved}")
+    return saved
+
+
+def _is_due(step: int, interval: int) -> bool:
+    return bool(interval) and step % interval == 0

@@ -1,0 +1,39 @@
+"""The declared settings as options of a click command."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, get_args
+
+import click
+
+from .config import Setting, all_settings
+
+
+def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for every setting; the command receives them by field name."""
+    for setting in reversed(list(all_settings())):
+        command = _option(setting)(command)
+    return command
+
+
+def _option(setting: Setting) -> Callable[..., Any]:
+    flag = setting.flag
+    if setting.type is bool:
+        flag = f"{flag}/{flag.replace('--', '--no-', 1)}"
+    keywords: dict[str, Any] = {"required": True} if setting.required else {"default": setting.default}
+    return click.option(
+        flag,
+        setting.name,
+        type=_click_type(setting),
+        help=setting.help,
+        show_default=not setting.required and setting.default is not None,
+        **keywords,
+    )
+
+
+def _click_type(setting: Setting) -> Any:
+    if setting.choices:
+        return click.Choice(setting.choices)
+    if setting.type is Path or Path in get_args(setting.type):
+        return click.Path(path_type=Path)
+    return setting.type

@@ -1,0 +1,123 @@
+"""A HuggingFace config becomes megatron-core's GPTModel of this rank."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.models.gpt import GPTModel
+from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer.module import Float16Module
+
+from ..layout import Layout
+from .spec import decoder_spec
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+ACTIVATIONS = {"silu": torch.nn.functional.silu}
+# Settings of the family that belong to GPTModel; all others are fields of TransformerConfig.
+GPT_SETTINGS = ("vocab_size", "max_position_embeddings", "rotary_base", "share_embeddings_and_output_weights")
+
+
+class PaddedVocabularyGPT(GPTModel):
+    """GPTModel whose embedding has rows that no token uses, so that TP divides it.
+
+    Their logits take no part in the softmax, as if the rows were not there.
+    """
+
+    real_vocab_size: int
+
+    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """Return the cross entropy [b, s] of labels [b, s] under this rank's logits [s, b, vocab / TP]."""
+        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
+        real = max(0, self.real_vocab_size - first)
+        if real < logits.shape[-1]:
+            # Outside autograd: the softmax of -inf is 0, and so is the gradient that comes back.
+            with torch.no_grad():
+                logits[..., real:] = float("-inf")
+        return super().compute_language_model_loss(labels, logits)
+
+
+def build_model(
+    settings: Mapping[str, Any],
+    layout: Layout,
+    *,
+    precision: str,
+    flash_attention: bool = True,
+    initialize: bool = True,
+) -> PaddedVocabularyGPT:
+    """Build this rank's part of the model, bare (no wrapper), on the rank's device.
+
+    `settings` come from `conversion.plan.mcore_settings`; process groups must be up. `initialize` False
+    leaves the weights as they are allocated, for a checkpoint to fill.
+    """
+    config = transformer_config(settings, layout, precision=precision, initialize=initialize)
+    vocab_size = settings["vocab_size"]
+    model = PaddedVocabularyGPT(
+        config,
+        decoder_spec(config, flash_attention=flash_attention),
+        vocab_size=-(-vocab_size // layout.tensor) * layout.tensor,
+        max_sequence_length=settings["max_position_embeddings"],
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        share_embeddings_and_output_weights=settings["share_embeddings_and_output_weights"],
+        position_embedding_type="rope",
+        rotary_base=settings["rotary_base"],
+    )
+    model.real_vocab_size = vocab_size
+    return model.cuda()
+
+
+def transformer_config(
+    settings: Mapping[str, Any], layout: Layout, *, precision: str, initialize: bool = True
+) -> TransformerConfig:
+    """Return megatron-core's config for a family's settings under a layout."""
+    fields = {name: value for name, value in settings.items() if name not in (*GPT_SETTINGS, "activation")}
+    dtype = DTYPES[precision]
+    return TransformerConfig(
+        **fields,
+        activation_func=ACTIVATIONS[settings["activation"]],
+        tensor_model_parallel_size=layout.tensor,
+        pipeline_model_parallel_size=layout.pipeline,
+        sequence_parallel=layout.sequence,
+        bf16=precision == "bf16",
+        params_dtype=dtype,
+        pipeline_dtype=dtype,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        **({} if initialize else {"init_method": _leave, "output_layer_init_method": _leave}),
+        use_cpu_initialization=not torch.cuda.is_available(),
+        # The global batch's loss is its summed loss over its number of trained tokens, whichever rank has them.
+        calculate_per_token_loss=True,
+        # Fused kernels of extensions that a machine without Transformer Engine and Apex does not have.
+        bias_activation_fusion=False,
+        bias_dropout_fusion=False,
+        masked_softmax_fusion=False,
+        apply_rope_fusion=False,
+        gradient_accumulation_fusion=False,
+    )
+
+
+def _leave(weight: torch.Tensor) -> torch.Tensor:
+    """Initialise nothing: a checkpoint fills the weight.
+
+    megatron-core's own switch for that, perform_initialization=False, also leaves out the marks that tell a
+    tensor-parallel weight from a replicated one, and the gradient norm comes out wrong.
+    """
+    return weight
+
+
+def wrap(model: PaddedVocabularyGPT, *, distributed_optimizer: bool) -> DistributedDataParallel:
+    """Put the model behind megatron-core's data parallelism, gradients in fp32."""
+    config = model.config
+    gradients = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+    )
+    return DistributedDataParallel(config, gradients, Float16Module(config, model) if config.bf16 else model)
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the bare GPTModel inside data parallelism and Float16Module; checkpoint names start there."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

@@ -1,0 +1,63 @@
+"""Process groups, devices and seeds: a rank comes up, and the only collectives that are not megatron-core's."""
+
+import contextlib
+import datetime
+import os
+from collections.abc import Iterator
+
+import torch
+import torch.distributed
+
+from ..layout import Layout
+from . import mcore_patches
+
+TIMEOUT = datetime.timedelta(minutes=30)
+
+
+@contextlib.contextmanager
+def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
+    """Bring up torch.distributed and megatron-core's groups for the block, on GPUs or on CPU ranks."""
+    prepare_process()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    backend = "nccl" if torch.cuda.is_available() else "gloo"
+    torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    torch.manual_seed(seed)
+    model_parallel_cuda_manual_seed(seed)
+    try:
+        yield
+    finally:
+        parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+def prepare_process() -> None:
+    """Choose this process's device and make megatron-core ready for it."""
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+    else:
+        from . import cpu_backend
+
+        cpu_backend.install()
+    mcore_patches.install()
+
+
+def rank() -> int:
+    """Return this process's global rank."""
+    return torch.distributed.get_rank()
+
+
+def sum_over_ranks(values: list[float]) -> list[float]:
+    """Return the element-wise sum of `values` over all ranks; a sum over one contributor is exact."""
+    tensor = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
+    torch.distributed.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def speaks_for_replica() -> bool:
+    """Say whether this rank is the one that reports its data-parallel replica's loss."""
+    from megatron.core import parallel_state
+
+    return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0

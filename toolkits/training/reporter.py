@@ -1,0 +1,123 @@
+"""What a run says: one line a step on the screen and in the log, TensorBoard, and a picture of the loss."""
+
+import resource
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TextIO
+
+import torch
+
+from ..foundation.progress import clock, human_bytes
+
+LOSS_PICTURE = "loss.png"
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """The figures of one optimizer step over all ranks."""
+
+    step: int  # from 1
+    loss: float  # mean over the trained tokens of the global batch
+    learning_rate: float
+    grad_norm: float  # before clipping
+    tokens: int  # without padding
+    trained_tokens: int
+    seconds: float
+
+
+@dataclass
+class Reporter:
+    """Writes for rank 0; on the other ranks everything but `failure` is silent.
+
+    `log` is shared by all ranks, so that the one that fails can leave its traceback there.
+    """
+
+    steps: int
+    log: Path
+    tensorboard: Path
+    picture: Path
+    active: bool
+    history: list[StepFigures] = field(default_factory=list)
+    validation: list[tuple[int, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._started = time.monotonic()
+        self._file: TextIO | None = None
+        if self.active:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            self._file = open(self.log, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+            self._board = SummaryWriter(str(self.tensorboard))
+
+    def say(self, text: str) -> None:
+        """Print a line to the screen and the log."""
+        if self._file is not None:
+            print(text, flush=True)
+            print(time.strftime("%H:%M:%S"), text, file=self._file, flush=True)
+
+    def step(self, figures: StepFigures) -> None:
+        """Report a finished step."""
+        self.history.append(figures)
+        if not self.active:
+            return
+        rate = figures.tokens / figures.seconds
+        left = (time.monotonic() - self._started) / len(self.history) * (self.steps - figures.step)
+        self.say(
+            f"step {figures.step}/{self.steps} | loss {figures.loss:.6f} | lr {figures.learning_rate:.3e}"
+            f" | grad norm {figures.grad_norm:.4f} | {rate:,.0f} tokens/s | trained tokens {figures.trained_tokens:,}"
+            f" | memory {human_bytes(peak_memory())} | {clock(left)} left"
+        )
+        scalars = {
+            "train/loss": figures.loss,
+            "train/learning_rate": figures.learning_rate,
+            "train/grad_norm": figures.grad_norm,
+            "train/trained_tokens": figures.trained_tokens,
+            "speed/tokens_per_second": rate,
+            "speed/step_seconds": figures.seconds,
+            "memory/peak_bytes": peak_memory(),
+        }
+        for name, value in scalars.items():
+            self._board.add_scalar(name, value, figures.step)
+
+    def validated(self, step: int, loss: float, tokens: int) -> None:
+        """Report a validation pass after `step`."""
+        if self.active:
+            self.validation.append((step, loss))
+            self.say(f"validation after step {step} | loss {loss:.6f} | trained tokens {tokens:,}")
+            self._board.add_scalar("validation/loss", loss, step)
+
+    def draw(self) -> None:
+        """Write the picture of all losses so far."""
+        if self.active:
+            self._board.flush()
+            draw_losses(self.picture, [(f.step, f.loss) for f in self.history], self.validation)
+
+    def failure(self, text: str) -> None:
+        """Append what went wrong on this rank to the log; any rank may call it."""
+        with open(self.log, "a", encoding="utf-8") as file:
+            file.write(text.rstrip() + "\n")
+
+
+def draw_losses(path: Path, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:
+    """Draw (step, loss) points of training and validation into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot(xlabel="step", ylabel="loss per trained token")
+    axes.plot(*zip(*losses, strict=True), label="training", linewidth=1.2)
+    if validation:
+        axes.plot(*zip(*validation, strict=True), "o-", label="validation", markersize=4)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def peak_memory() -> int:
+    """Return this rank's peak memory in bytes: of its GPU, or of the process without one."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

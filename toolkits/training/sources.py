@@ -1,0 +1,109 @@
+"""What a run starts from: the model's config, tokenizer and weights, and the two datasets that fit it."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conversion.hf_checkpoint import is_hf_directory, read_config
+from conversion.mcore_checkpoint import find_step, hf_folder, is_mcore_directory
+from conversion.plan import plan_for, untrainable_reasons
+from data_preprocessing.chat import tokenizer_fingerprint
+from data_preprocessing.dataset import Dataset, open_dataset
+
+from ..foundation.errors import CheckpointError, DataError, UsageError, raise_all
+from .batches import Rows, split_indices, training_rows
+from .config import DataSettings, ModelSettings
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where the model comes from.
+
+    `hf_files` holds config.json and the tokenizer. The weights are a HuggingFace directory or a
+    Megatron-core step folder; both None: random.
+    """
+
+    hf_files: Path
+    settings: Mapping[str, Any]
+    num_parameters: int
+    hf_weights: Path | None = None
+    mcore_weights: Path | None = None
+
+
+@dataclass(frozen=True)
+class DataSource:
+    """Rows to train on, rows to validate on, and what is worth saying about them."""
+
+    training: Rows
+    validation: Rows
+    remarks: list[str]
+
+
+def find_model(model: ModelSettings) -> ModelSource:
+    """Locate config, tokenizer and weights; raise CheckpointError or UsageError when the model cannot be trained."""
+    path = Path(model.checkpoint)
+    if model.checkpoint == "none":
+        assert model.hf_config is not None
+        hf_files, weights = _config_folder(model.hf_config), {}
+    elif is_mcore_directory(path):
+        hf_files, weights = hf_folder(path), {"mcore_weights": find_step(path)}
+    elif is_hf_directory(path):
+        hf_files, weights = path, {"hf_weights": path}
+    else:
+        raise CheckpointError(
+            f"no checkpoint at {path}. Pretrained weights were requested; refusing to train from random weights "
+            "(say `none` for that)"
+        )
+    hf_config = read_config(hf_files)
+    raise_all(UsageError, f"{hf_files} converts, but training it would not be exact", untrainable_reasons(hf_config))
+    plan = plan_for(hf_config)
+    return ModelSource(hf_files, plan.settings, plan.num_parameters, **weights)
+
+
+def _config_folder(path: Path) -> Path:
+    return path.parent if path.name == "config.json" else path
+
+
+def find_data(data: DataSettings, model: ModelSource) -> DataSource:
+    """Open the datasets, hold them against the model, and make rows; raise DataError when they do not fit."""
+    dataset = _open(data.data, model)
+    remarks = _seq_len_remark(dataset, data)
+    if data.valid_data is None or data.valid_data == data.data:
+        training, validation = split_indices(dataset, seed=data.seed)
+        remarks.append(
+            f"{dataset.path}: {len(validation):,} of {len(dataset):,} conversations are held out to validate"
+        )
+        valid_set = dataset
+    else:
+        valid_set = _open(data.valid_data, model)
+        training, validation = np.arange(len(dataset)), np.arange(len(valid_set))
+    training_set, said = training_rows(dataset, training, data)
+    validation_set, also_said = training_rows(valid_set, validation, data)
+    return DataSource(training_set, validation_set, remarks + said + also_said)
+
+
+def _open(path: Path, model: ModelSource) -> Dataset:
+    dataset = open_dataset(path)
+    rows = model.settings["vocab_size"]
+    if dataset.max_token_id is not None and dataset.max_token_id >= rows:
+        raise DataError(f"{dataset.path}: it has token id {dataset.max_token_id:,}, the embedding has {rows:,} rows")
+    if dataset.tokenizer_fingerprint is not None:
+        expected = tokenizer_fingerprint(model.hf_files)
+        if dataset.tokenizer_fingerprint != expected:
+            raise DataError(
+                f"{dataset.path} was built with another tokenizer ({dataset.tokenizer_fingerprint[:12]}) than "
+                f"{model.hf_files} has ({expected[:12]}); build it again with --tokenizer {model.hf_files}"
+            )
+    return dataset
+
+
+def _seq_len_remark(dataset: Dataset, data: DataSettings) -> list[str]:
+    built = dataset.built_seq_len
+    if built is None or built == data.seq_len:
+        return []
+    return [
+        f"{dataset.path}: it was packed to {built} tokens a row; its conversations are packed anew to {data.seq_len}"
+    ]
