@@ -73,7 +73,7 @@ def test_an_existing_output_is_refused_or_replaced_whole(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "old").touch()
-    with pytest.raises(errors.UsageError, match="exists already.*--overwrite"), publish_directory(target):
+    with pytest.raises(errors.UsageError, match=r"exists already.*--overwrite"), publish_directory(target):
         pass
     with pytest.raises(ZeroDivisionError), publish_directory(target, overwrite=True):
         raise ZeroDivisionError

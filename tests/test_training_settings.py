@@ -1,6 +1,7 @@
 """Settings, parallel layout and learning rate: plain arithmetic with plain answers."""
 
 import dataclasses
+import itertools
 import shlex
 from pathlib import Path
 
@@ -74,7 +75,11 @@ def test_a_problem_is_said_with_its_numbers(values, message):
     [
         ({"tensor_parallel": 8}, 8, "TP=8 > 4 KV groups: use TP 1, 2 or 4"),
         ({"tensor_parallel": 3}, 3, "TP=3 does not divide 28 attention heads: use TP 1, 2 or 4"),
-        ({"pipeline_parallel": 5}, 5, "PP=5 does not divide 28 layers (the stages would hold 6+6+6+5+5 layers): use PP 4 or 7"),
+        (
+            {"pipeline_parallel": 5},
+            5,
+            "PP=5 does not divide 28 layers (the stages would hold 6+6+6+5+5 layers): use PP 4 or 7",
+        ),
         ({"pipeline_parallel": 30}, 30, "2 stages would have no layer): use PP 14 or 28"),
         ({"tensor_parallel": 2, "pipeline_parallel": 2}, 6, "TP=2 x PP=2 = 4 does not divide the 6 ranks"),
         ({"global_batch_size": 10, "micro_batch_size": 4}, 1, "not a multiple of BATCH_SIZE 4 x DP 1 = 4: use 8 or 12"),
@@ -92,7 +97,9 @@ def test_all_broken_rules_of_a_layout_come_together():
 
 
 def test_a_layout_that_can_be_says_the_rest():
-    layout = layout_of(config(tensor_parallel=2, pipeline_parallel=2, global_batch_size=24, micro_batch_size=3), MODEL, 8)
+    layout = layout_of(
+        config(tensor_parallel=2, pipeline_parallel=2, global_batch_size=24, micro_batch_size=3), MODEL, 8
+    )
     assert dataclasses.astuple(layout) == (8, 2, 2, True, 4) and layout.data == 2
     assert not layout_of(config(), MODEL, 1).sequence, "sequence parallelism is off at TP=1"
 
@@ -102,7 +109,7 @@ def test_the_learning_rate_warms_up_inside_and_ends_exactly_at_the_floor():
     assert rates[0] == 1e-5 / 100 and rates[49] == pytest.approx(0.5e-5)
     assert rates[99] == 1e-5 == max(rates)
     assert rates[99 + 450] == pytest.approx((1e-5 + 1e-6) / 2)
-    assert rates[-1] == 1e-6 and all(a > b for a, b in zip(rates[99:], rates[100:], strict=False))
+    assert rates[-1] == 1e-6 and all(a > b for a, b in itertools.pairwise(rates[99:]))
 
 
 def test_without_warm_up_the_first_step_is_near_the_peak():

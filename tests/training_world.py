@@ -41,7 +41,7 @@ def write_model(folder, *, tied=True, seed=11, **changes):
     torch.manual_seed(seed)
     model = Qwen2ForCausalLM(Qwen2Config(**(TINY | changes), tie_word_embeddings=tied, dtype="float32"))
     with torch.no_grad():
-        for name, weight in model.named_parameters():
+        for weight in model.parameters():
             if weight.dim() == 1:
                 weight.add_(torch.randn_like(weight) * 0.1)
             else:
@@ -103,7 +103,9 @@ def run_cases(folder, ranks, cases):
     """
     folder.mkdir(exist_ok=True)
     ports = free_ports(len(cases))
-    plan = [{"name": name, "port": port, "flags": case} for (name, case), port in zip(cases.items(), ports, strict=True)]
+    plan = [
+        {"name": name, "port": port, "flags": case} for (name, case), port in zip(cases.items(), ports, strict=True)
+    ]
     (folder / "cases.json").write_text(json.dumps(plan))
     processes = []
     for rank in range(ranks):
@@ -116,9 +118,8 @@ def run_cases(folder, ranks, cases):
             "PYTHONPATH": str(ROOT),
         }
         command = [sys.executable, "-W", "ignore", __file__, str(folder / "cases.json")]
-        log = open(folder / f"rank-{rank}.log", "wb")
-        processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
-        log.close()
+        with open(folder / f"rank-{rank}.log", "wb") as log:
+            processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = [process.wait(timeout=400) for process in processes]
     finally:

@@ -34,9 +34,9 @@ def _acquire(path: Path, what: str) -> int:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            owner = _owner(descriptor)
+            holder = _holder(descriptor)
             os.close(descriptor)
-            raise UsageError(f"{what} is in use {owner} (lock: {path}); wait for it or choose another output") from None
+            raise UsageError(f"{what} is in use {holder} (lock: {path}); wait for it or choose another output") from None
         # The owner before us may have removed the file between our open and our lock.
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             break
@@ -47,7 +47,7 @@ def _acquire(path: Path, what: str) -> int:
     return descriptor
 
 
-def _owner(descriptor: int) -> str:
+def _holder(descriptor: int) -> str:
     try:
         owner = json.loads(os.pread(descriptor, 4096, 0))
         return f"by pid {owner['pid']} on {owner['host']} since {owner['since']}"

@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import warnings
 
 from ..foundation.errors import UsageError
 from ..launch.rank import run_rank
@@ -17,9 +18,17 @@ def main() -> None:
     from ..commands.train import read_config
 
     config = read_config(flags)
+    _quieten()
     from .run import run
 
     run(config, importlib.import_module(f".objectives.{objective}", __package__))
+
+
+def _quieten() -> None:
+    """Keep what users cannot act on off their screen: both libraries are pinned, and tests run with warnings on."""
+    warnings.filterwarnings("ignore", module="megatron")  # regrets the absence of packages that are not used
+    warnings.filterwarnings("ignore", module="torch", category=FutureWarning)  # names that megatron-core calls
+    warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 
 if __name__ == "__main__":

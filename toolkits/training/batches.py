@@ -154,10 +154,9 @@ def micro_batch(dataset: Dataset, rows: Sequence[Sequence[Sample]], length: int)
         if at < (number + 1) * length:
             ends.append((number + 1) * length)
     lengths = np.diff([0, *ends])
-    return MicroBatch(
-        *(torch.from_numpy(array).unsqueeze(0) for array in (tokens, labels, mask, positions)),
-        packed=packed_params(ends, longest=int(lengths.max())),
-    )
+    packed = packed_params(ends, longest=int(lengths.max()))
+    tensors = [torch.from_numpy(array).unsqueeze(0) for array in (tokens, labels, mask, positions)]
+    return MicroBatch(*tensors, packed=packed)  # type: ignore[misc]
 
 
 def packed_params(ends: Sequence[int], *, longest: int) -> PackedSeqParams:

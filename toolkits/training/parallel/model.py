@@ -116,8 +116,8 @@ def wrap(model: PaddedVocabularyGPT, *, distributed_optimizer: bool) -> Distribu
     return DistributedDataParallel(config, gradients, Float16Module(config, model) if config.bf16 else model)
 
 
-def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the bare GPTModel inside data parallelism and Float16Module; checkpoint names start there."""
-    while hasattr(model, "module"):
-        model = model.module
+def unwrapped(model: torch.nn.Module) -> PaddedVocabularyGPT:
+    """Return the bare model inside data parallelism and Float16Module; checkpoint names start there."""
+    while not isinstance(model, PaddedVocabularyGPT):
+        model = model.get_submodule("module")
     return model
