@@ -1,0 +1,94 @@
+"""Where things lie in a Megatron-core directory.
+
+    DIR/latest_checkpointed_iteration.txt      "release" or a number: only a hint
+    DIR/release/  or  DIR/iter_0000100/        a step: .metadata  __0_0.distcp ...  common.pt  metadata.json
+    DIR/hf/                                    config.json and the tokenizer: what an export needs
+
+Directories made by other tools keep config.json and the tokenizer at their root; they are read too.
+"""
+
+import re
+import sys
+from pathlib import Path
+
+from toolkits.foundation.errors import CheckpointError
+
+TRACKER_FILE = "latest_checkpointed_iteration.txt"
+RELEASE = "release"
+HF_FOLDER = "hf"
+STEP_FILES = (".metadata", "metadata.json")  # written last by everybody: a step that has both is complete
+
+_STEP_NAME = re.compile(r"release|iter_(\d+)")
+
+
+def find_step(directory: Path) -> Path:
+    """Return the newest complete step folder of `directory`, or `directory` itself when it is one.
+
+    The tracker file is only a hint: when it says something else than the folders do, a warning says so.
+    Raises CheckpointError when there is no complete step.
+    """
+    directory = Path(directory)
+    if _is_complete(directory):
+        return directory
+    steps = sorted((path for path in _step_folders(directory) if _is_complete(path)), key=_number)
+    if not steps:
+        unfinished = ", ".join(sorted(path.name for path in _step_folders(directory)))
+        found = f"incomplete: {unfinished}" if unfinished else "no release/ or iter_NNNNNNN/ folder in it"
+        raise CheckpointError(f"no checkpoint at {directory} ({found})")
+    _compare_tracker(directory, steps[-1])
+    return steps[-1]
+
+
+def hf_folder(directory: Path) -> Path:
+    """Return the folder that holds config.json and the tokenizer of a Megatron-core directory or step folder.
+
+    Raises CheckpointError that names what to add when there is none.
+    """
+    directory = Path(directory)
+    roots = [directory, directory.parent] if _STEP_NAME.fullmatch(directory.name) else [directory]
+    for root in roots:
+        for folder in (root / HF_FOLDER, root):
+            if (folder / "config.json").is_file():
+                return folder
+    raise CheckpointError(
+        f"{roots[-1]} has no config.json: copy config.json and the tokenizer files of the HuggingFace model "
+        f"into {roots[-1] / HF_FOLDER}"
+    )
+
+
+def is_mcore_directory(directory: Path) -> bool:
+    """Whether `directory` is a Megatron-core directory or one of its step folders, complete or not."""
+    directory = Path(directory)
+    if any((directory / name).is_file() for name in (*STEP_FILES, TRACKER_FILE)):
+        return True
+    return directory.is_dir() and bool(_step_folders(directory))
+
+
+def _step_folders(directory: Path) -> list[Path]:
+    if not directory.is_dir():
+        raise CheckpointError(f"no checkpoint at {directory}: no such folder")
+    return [path for path in directory.iterdir() if path.is_dir() and _STEP_NAME.fullmatch(path.name)]
+
+
+def _is_complete(step: Path) -> bool:
+    return all((step / name).is_file() for name in STEP_FILES)
+
+
+def _number(step: Path) -> int:
+    return -1 if step.name == RELEASE else int(step.name.removeprefix("iter_"))
+
+
+def _compare_tracker(directory: Path, newest: Path) -> None:
+    tracker = directory / TRACKER_FILE
+    if not tracker.is_file():
+        return
+    said = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
+    if said == RELEASE or (said.isascii() and said.isdigit()):
+        named = RELEASE if said == RELEASE else f"iter_{int(said):07}"
+        if named == newest.name or (_STEP_NAME.fullmatch(named) and said != RELEASE and int(said) == _number(newest)):
+            return
+        complete = "is not a complete step" if not _is_complete(directory / named) else "is not the newest step"
+        problem = f"points to {named}, which {complete}"
+    else:
+        problem = "is empty" if not said else f"holds {said!r}"
+    print(f"warning: {tracker} {problem}; using {newest.name}", file=sys.stderr, flush=True)

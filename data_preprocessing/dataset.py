@@ -1,0 +1,338 @@
+"""The dataset on disk, in bytes. All numbers are little-endian.
+
+    PREFIX_text_document.bin    the tokens of all rows, one behind the other: int32 each
+    PREFIX_text_document.mask   one byte per token, in the same order: 1 = trained on, 0 = context
+    PREFIX_text_document.idx    bytes 0-8    "MMIDIDX" and two zero bytes
+                                9-16         uint64 version, 1
+                                17           uint8 code of the token type, 4 = int32
+                                18-25        uint64 number of rows, n
+                                26-33        uint64 number of document bounds, n + 1
+                                34-          int32 x n: each row's length in tokens
+                                             int64 x n: each row's first byte in .bin
+                                             int64 x (n + 1): 0, 1, ..., n (every row is a document)
+    PREFIX_text_document.json   the manifest: versions, tokenizer, chat template, counts, checksums
+
+.bin and .idx are a standard Megatron indexed dataset. A row is one conversation, unpadded and unpacked. The
+manifest is renamed into place last: a set without it is not whole.
+"""
+
+import array
+import hashlib
+import importlib.metadata
+import json
+import struct
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+
+from toolkits.foundation.errors import DataError
+
+DOCUMENT_SUFFIX = "_text_document"
+FILE_SUFFIXES = (".bin", ".mask", ".idx", ".json")  # the order of publishing: the manifest commits the set
+FORMAT = "temper-dataset"
+FORMAT_VERSION = 1
+
+MAGIC = b"MMIDIDX\x00\x00"
+INDEX_VERSION = 1
+HEADER = struct.Struct("<9sQBQQ")
+TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
+INT32_CODE = 4
+ROWS_AT_ONCE = 1 << 20
+
+
+class Dataset(Protocol):
+    """Rows of tokens with their loss masks.
+
+    `lengths` is an integer array [rows]; `manifest`, `max_token_id` and `tokenizer_fingerprint` are None
+    where nobody recorded them; `built_seq_len` is the row length that the data was cut to when it was
+    built, None when it was not.
+    """
+
+    path: Path
+
+    @property
+    def manifest(self) -> dict[str, Any] | None: ...
+    @property
+    def lengths(self) -> np.ndarray: ...
+    @property
+    def max_token_id(self) -> int | None: ...
+    @property
+    def tokenizer_fingerprint(self) -> str | None: ...
+    @property
+    def num_trained_tokens(self) -> int: ...
+    @property
+    def built_seq_len(self) -> int | None: ...
+    def __len__(self) -> int: ...
+
+    def tokens(self, row: int) -> np.ndarray:
+        """Return the row's tokens, int32 [length]."""
+
+    def mask(self, row: int) -> np.ndarray:
+        """Return the row's loss mask, uint8 [length]: 1 where the token is a training target."""
+
+
+def document_prefix(path: Path) -> Path:
+    """Return the path without suffix of the dataset `P`, `P_text_document` or `P_text_document.bin`."""
+    text = str(path)
+    for suffix in FILE_SUFFIXES:
+        text = text.removesuffix(suffix)
+    return Path(text if text.endswith(DOCUMENT_SUFFIX) else text + DOCUMENT_SUFFIX)
+
+
+def open_dataset(path: Path | str) -> Dataset:
+    """Open a dataset given as `P`, `P_text_document` or `P_text_document.bin`.
+
+    Sizes and headers are checked in constant time, contents are not (see `IndexedDataset.verify`). Without
+    a manifest the doubled `[tokens | labels]` layout is recognised and read as rows like any other. Raises
+    DataError for what is missing, damaged or of another kind.
+    """
+    prefix = document_prefix(Path(path))
+    index = Index(prefix)
+    if _sibling(prefix, ".json").exists():
+        return IndexedDataset(prefix, index)
+    if _sibling(prefix, ".mask").exists():
+        raise DataError(f"{_sibling(prefix, '.json')} is missing, {prefix}.mask is there{_unfinished(prefix)}")
+    from .doubled import DoubledDataset  # imports this module
+
+    return DoubledDataset(prefix, index)
+
+
+class Index:
+    """The .idx file, checked against its .bin: `lengths` int32 [rows] and `tokens`, both mapped, not read."""
+
+    def __init__(self, prefix: Path) -> None:
+        self.path, self.bin_path = _sibling(prefix, ".idx"), _sibling(prefix, ".bin")
+        missing = [str(path) for path in (self.bin_path, self.path) if not path.exists()]
+        if missing:
+            raise DataError(f"no dataset at {prefix}: missing {' and '.join(missing)}{_unfinished(prefix)}")
+        count, bounds, self.dtype = self._header()
+        expected = HEADER.size + 12 * count + 8 * bounds
+        actual = self.path.stat().st_size
+        if actual != expected:
+            raise DataError(f"{self.path}: {count} rows take {expected} bytes, the file has {actual}; build it again")
+        self.lengths: np.ndarray = np.zeros(0, np.int32)
+        self.pointers: np.ndarray = np.zeros(0, np.int64)
+        if count:
+            self.lengths = np.memmap(self.path, "<i4", "r", HEADER.size, (count,))
+            self.pointers = np.memmap(self.path, "<i8", "r", HEADER.size + 4 * count, (count,))
+        self._check_bin_size()
+
+    def _header(self) -> tuple[int, int, np.dtype]:
+        with open(self.path, "rb") as file:
+            header = file.read(HEADER.size)
+        if len(header) < HEADER.size:
+            raise DataError(f"{self.path}: truncated, {len(header)} bytes of a header of {HEADER.size}")
+        magic, version, code, count, bounds = HEADER.unpack(header)
+        if magic != MAGIC:
+            raise DataError(f"{self.path}: not a Megatron index: it begins with {magic!r}")
+        if version != INDEX_VERSION or code not in TOKEN_TYPES:
+            raise DataError(f"{self.path}: index version {version} with token type {code} is not known")
+        return count, bounds, np.dtype(TOKEN_TYPES[code])
+
+    def _check_bin_size(self) -> None:
+        size = self.dtype.itemsize
+        expected = int(self.pointers[-1]) + int(self.lengths[-1]) * size if len(self.lengths) else 0
+        actual = self.bin_path.stat().st_size
+        if actual != expected:
+            raise DataError(
+                f"{self.bin_path}: {self.path.name} ends at byte {expected}, the file has {actual}: "
+                f"truncated, or of another build{_unfinished(self.bin_path.with_suffix(''))}"
+            )
+
+    def tokens(self) -> np.ndarray:
+        """Return all tokens of the .bin as one mapped array."""
+        if not self.bin_path.stat().st_size:
+            return np.zeros(0, self.dtype)
+        return np.memmap(self.bin_path, self.dtype, "r")
+
+
+class IndexedDataset:
+    """A dataset that this package wrote; see `Dataset`."""
+
+    built_seq_len = None
+
+    def __init__(self, prefix: Path, index: Index) -> None:
+        self.path = prefix
+        self.manifest: dict[str, Any] = _read_manifest(_sibling(prefix, ".json"))
+        self.lengths = index.lengths
+        self._starts = index.pointers
+        if index.dtype != np.dtype("<i4"):
+            raise DataError(f"{index.path}: tokens of type {index.dtype}, expected int32")
+        self._tokens = index.tokens()
+        self._check_sizes()
+        self._mask = np.memmap(_sibling(prefix, ".mask"), np.uint8, "r") if len(self._tokens) else np.zeros(0, np.uint8)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def tokens(self, row: int) -> np.ndarray:
+        return self._tokens[self._span(row)]
+
+    def mask(self, row: int) -> np.ndarray:
+        return self._mask[self._span(row)]
+
+    @property
+    def max_token_id(self) -> int:
+        return self.manifest["counts"]["max_token_id"]
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        return self.manifest["tokenizer"]["fingerprint"]
+
+    @property
+    def num_trained_tokens(self) -> int:
+        return self.manifest["counts"]["trained_tokens"]
+
+    def verify(self) -> None:
+        """Read everything and compare it with the manifest's checksums; DataError when something differs."""
+        for suffix, expected in self.manifest["files"].items():
+            path = _sibling(self.path, suffix)
+            with open(path, "rb") as file:
+                actual = hashlib.file_digest(file, "sha256").hexdigest()
+            if actual != expected["sha256"]:
+                raise DataError(f"{path}: sha256 is {actual}, the manifest says {expected['sha256']}; build it again")
+
+    def _span(self, row: int) -> slice:
+        if not -len(self) <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        start = int(self._starts[row]) // 4
+        return slice(start, start + int(self.lengths[row]))
+
+    def _check_sizes(self) -> None:
+        if not _sibling(self.path, ".mask").exists():
+            raise DataError(f"{_sibling(self.path, '.mask')} is missing{_unfinished(self.path)}")
+        for suffix, expected in self.manifest["files"].items():
+            path = _sibling(self.path, suffix)
+            actual = path.stat().st_size
+            if actual != expected["bytes"]:
+                raise DataError(
+                    f"{path}: {actual} bytes, the manifest says {expected['bytes']}: truncated, or of another "
+                    f"build{_unfinished(self.path)}"
+                )
+        counts = self.manifest["counts"]
+        if (counts["rows"], counts["tokens"]) != (len(self), len(self._tokens)):
+            raise DataError(f"{self.path}: the manifest counts {counts['rows']} rows, the index {len(self)}")
+
+
+class DatasetWriter:
+    """Writes rows as they come; memory holds four bytes a row.
+
+    The files go into `folder` under `name`; `finish` completes the set. Publishing is the caller's.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._prefix = folder / name
+        self._bin = _HashedFile(_sibling(self._prefix, ".bin"))
+        self._mask = _HashedFile(_sibling(self._prefix, ".mask"))
+        self._lengths = array.array("i")
+        self._tokens = self._trained = 0
+        self._max_token_id = -1
+
+    def __enter__(self) -> "DatasetWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bin.close()
+        self._mask.close()
+
+    def add(self, tokens: np.ndarray, mask: np.ndarray) -> None:
+        """Append a row: `tokens` [n] as int32, `mask` uint8 [n] of 0 and 1."""
+        assert len(tokens) == len(mask) > 0
+        self._bin.write(np.ascontiguousarray(tokens, "<i4").data)
+        self._mask.write(np.ascontiguousarray(mask, np.uint8).data)
+        self._lengths.append(len(tokens))
+        self._tokens += len(tokens)
+        self._trained += int(np.count_nonzero(mask))
+        self._max_token_id = max(self._max_token_id, int(tokens.max()))
+
+    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
+        """Write the index and the manifest, which gets `about` beside counts and checksums; return it."""
+        index = _HashedFile(_sibling(self._prefix, ".idx"))
+        self._write_index(index)
+        files = {".bin": self._bin, ".mask": self._mask, ".idx": index}
+        manifest = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "toolkit_version": _toolkit_version(),
+            **about,
+            "counts": {
+                "rows": len(self._lengths),
+                "tokens": self._tokens,
+                "trained_tokens": self._trained,
+                "max_token_id": self._max_token_id,
+                "longest": max(self._lengths, default=0),
+            },
+            "files": {suffix: file.close() for suffix, file in files.items()},
+        }
+        text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
+        _sibling(self._prefix, ".json").write_text(text, encoding="utf-8")
+        return manifest
+
+    def _write_index(self, index: "_HashedFile") -> None:
+        rows = len(self._lengths)
+        lengths = np.frombuffer(self._lengths, np.int32) if rows else np.zeros(0, np.int32)
+        index.write(HEADER.pack(MAGIC, INDEX_VERSION, INT32_CODE, rows, rows + 1))
+        index.write(lengths.astype("<i4", copy=False).tobytes())
+        start = 0
+        for first in range(0, rows, ROWS_AT_ONCE):
+            ends = start + 4 * np.cumsum(lengths[first : first + ROWS_AT_ONCE], dtype=np.int64)
+            index.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
+            start = int(ends[-1])
+        for first in range(0, rows + 1, ROWS_AT_ONCE):
+            index.write(np.arange(first, min(first + ROWS_AT_ONCE, rows + 1), dtype="<i8").tobytes())
+
+
+class _HashedFile:
+    """A file that knows its size and checksum when it is closed."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  closed by close()
+        self._hash = hashlib.sha256()
+        self._bytes = 0
+
+    def write(self, data: bytes | memoryview) -> None:
+        self._file.write(data)
+        self._hash.update(data)
+        self._bytes += memoryview(data).nbytes
+
+    def close(self) -> dict[str, Any]:
+        self._file.close()
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
+
+
+def _sibling(prefix: Path, suffix: str) -> Path:
+    return prefix.with_name(prefix.name + suffix)
+
+
+def _unfinished(prefix: Path) -> str:
+    temporary = prefix.with_name(".tmp-" + prefix.name)
+    if temporary.exists():
+        return f"; {temporary} is there: a build is running or was killed, build it again"
+    return "; there is no unfinished build beside it"
+
+
+def _read_manifest(path: Path) -> dict[str, Any]:
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found, version = manifest["format"], manifest["format_version"]
+    except (ValueError, KeyError, TypeError):
+        found, version = None, 0
+    if found != FORMAT:
+        raise DataError(f"{path}: not a dataset manifest of ours; build the dataset again")
+    if version > FORMAT_VERSION:
+        raise DataError(
+            f"{path}: dataset format {version}, this version reads up to {FORMAT_VERSION}; "
+            f"use temper-mcore {manifest.get('toolkit_version')} or build it again"
+        )
+    return manifest
+
+
+def _toolkit_version() -> str:
+    try:
+        return importlib.metadata.version("temper-mcore")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"

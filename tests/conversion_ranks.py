@@ -1,0 +1,153 @@
+"""One rank of the conversion tests: real megatron-core opens what conversion/ wrote, and saves what it reads.
+
+Run as `conversion_ranks.py RANK WORLD WORK`. WORK/NAME holds hf/, mcore/ and truth.pt (ids and transformers'
+logits) of each model. Writes WORK/result-RANK.json.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+
+
+def main(rank: int, world: int, work: Path) -> None:
+    from toolkits.training.parallel.world import prepare_process
+
+    prepare_process()
+    from megatron.core import parallel_state
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=world)
+    results = {}
+    for tensor, pipeline in LAYOUTS:
+        parallel_state.initialize_model_parallel(tensor, pipeline)
+        model_parallel_cuda_manual_seed(1)
+        for name in ("untied", "tied"):
+            results[f"{name} TP{tensor} PP{pipeline}"] = check(work / name, world, tensor, pipeline)
+        parallel_state.destroy_model_parallel()
+    (work / f"result-{rank}.json").write_text(json.dumps(results))
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def check(folder: Path, world: int, tensor: int, pipeline: int) -> dict:
+    """Load the directory, compare logits, names and slices, and save it the way megatron-core does."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.validation import StrictHandling
+
+    from conversion.hf_as_mcore import HfAsMcore
+    from conversion.hf_checkpoint import read_config
+    from conversion.plan import mcore_settings
+    from toolkits.training.layout import Layout
+    from toolkits.training.parallel.model import build_model
+
+    settings = mcore_settings(read_config(folder / "hf"))
+    layout = Layout(world=world, tensor=tensor, pipeline=pipeline, sequence=False, micro_batches=1)
+    model = build_model(settings, layout, precision="fp32")
+    state = dist_checkpointing.load(
+        model.sharded_state_dict(), str(folder / "mcore" / "release"), strict=StrictHandling.RAISE_UNEXPECTED
+    )
+    model.load_state_dict(state, strict=False)
+    truth = torch.load(folder / "truth.pt")
+    with torch.no_grad():
+        logits = forward(model, truth["ids"])
+    error = None if logits is None else (logits[..., : settings["vocab_size"]] - truth["logits"]).abs().max().item()
+    compared = compare_slices(model, HfAsMcore(folder / "hf"))
+    save(model, folder / f"saved-tp{tensor}-pp{pipeline}", with_optimizer=(tensor, pipeline) == (2, 1))
+    if (tensor, pipeline) == (1, 1):
+        save_stock_model(model, folder / "stock")
+    return {"error": error, "slices": compared}
+
+
+def forward(model, ids):
+    """Return the logits [b, s, vocabulary], gathered over TP, on the last stage; None on the first of two."""
+    from megatron.core import parallel_state
+
+    positions = torch.arange(ids.shape[1])[None]
+    mask = torch.triu(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool), 1)[None, None]
+    if not model.pre_process:
+        hidden = torch.empty(ids.shape[1], ids.shape[0], model.config.hidden_size)
+        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
+        model.set_input_tensor(hidden)
+    output = model(ids, positions, mask, runtime_gather_output=True)
+    if model.post_process:
+        return output
+    torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
+    return None
+
+
+def flat_tensors(model):
+    """Return the ShardedTensors of this rank, factories applied."""
+    from megatron.core.dist_checkpointing.dict_utils import nested_values
+    from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
+
+    state = model.sharded_state_dict()
+    apply_factories(state)
+    return [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
+
+
+def compare_slices(model, source) -> int:
+    """Hold every shard of this rank, as loaded, against the slice of the HuggingFace directory; return how many."""
+    shards = flat_tensors(model)
+    for shard in shards:
+        whole = source.tensors[shard.key].shape
+        # The model pads the vocabulary for TP, the checkpoint knows no such rows.
+        padded = shard.allow_shape_mismatch
+        assert padded or tuple(shard.global_shape) == whole, (shard.key, shard.global_shape, whole)
+        lead = (1,) * shard.prepend_axis_num
+        shape = [*lead, *shard.local_shape]
+        if padded:
+            shape[0] = min(shape[0], whole[0] - shard.global_offset[0])
+        data = shard.data.view(*lead, *shard.local_shape)[: shape[0]]
+        assert torch.equal(source.read(shard.key, tuple(shard.global_offset), tuple(shape)), data), shard.key
+    return len(shards)
+
+
+def save(model, folder: Path, *, with_optimizer: bool) -> None:
+    from megatron.core import dist_checkpointing
+
+    from toolkits.training.parallel.model import wrap
+
+    step = folder / "iter_0000007"
+    if torch.distributed.get_rank() == 0:
+        step.mkdir(parents=True)
+    torch.distributed.barrier()
+    state = {"model": model.sharded_state_dict(), "iteration": 7, "args": {"lr": 0.1}}
+    if with_optimizer:
+        from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+
+        config = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=False, use_distributed_optimizer=False)
+        optimizer = get_megatron_optimizer(config, [wrap(model, distributed_optimizer=False)])
+        state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True)
+    dist_checkpointing.save(state, str(step))
+
+
+def save_stock_model(model, folder: Path) -> None:
+    """Save the weights under the names that the local layer spec gives when nobody maps them, a key each layer."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing.mapping import ShardedObject
+
+    (step := folder / "release").mkdir(parents=True, exist_ok=True)
+    torch.distributed.barrier()
+    fused = {
+        "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
+        "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
+    }
+    state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
+    for value in state.values():
+        for ours, stock in fused.items():
+            value.key = value.key.replace(ours, stock)
+    dist_checkpointing.save(
+        {key: value for key, value in state.items() if not isinstance(value, ShardedObject)}, str(step)
+    )
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]))
