@@ -145,12 +145,12 @@ def test_random_weights_train_when_asked_for(inputs, tmp_path):
 
 
 def test_a_used_folder_is_refused_and_nothing_in_it_touched(inputs, tmp_path):
-    used = tmp_path / "out" / "checkpoint" / "sft"
+    used = tmp_path / "out" / "checkpoint" / "sft" / "iter_0000007"
     used.mkdir(parents=True)
     (used / "precious").touch()
     code, _, err = finished(start(flags(**settings(inputs, tmp_path / "out")), ranks=2))
     assert code == 2 and "holds a run already" in err
-    assert [path.name for path in used.iterdir()] == ["precious"]
+    assert [path.name for path in used.parent.rglob("*")] == ["iter_0000007", "precious"]
     assert err.count("error:") == 1, "one rank speaks, not both"
 
 
@@ -187,6 +187,16 @@ def test_an_old_checkpoint_goes_when_a_newer_one_is_complete(inputs, tmp_path):
     assert code == 0, err
     names = sorted(path.name for path in (tmp_path / "out" / "checkpoint" / "sft").glob("iter_*"))
     assert names == ["iter_0000004", "iter_0000005"]
+
+
+def test_epochs_become_steps_and_a_failed_start_does_not_block_the_next(inputs, tmp_path):
+    words = settings(inputs, tmp_path / "out", train_iters=0, epochs=2, seq_len=256)
+    code, _, err = finished(start(flags(**words, keep_last=10**9)))
+    assert code == 6 and "free at" in err, err
+    code, out, err = finished(start(flags(**words)))
+    assert code == 0, err
+    rows = int(re.search(r"in (\d+) rows of 256", out)[1])
+    assert out.count("| grad norm ") == -(-2 * rows // 4)
 
 
 def test_too_few_rows_for_a_batch_is_said_with_numbers(inputs, tmp_path):

@@ -12,7 +12,7 @@ SETTINGS = (
     Setting("vocab_size", "vocab_size"),
     Setting("max_position_embeddings", "max_position_embeddings"),
     Setting("tie_word_embeddings", "share_embeddings_and_output_weights", default=False),
-    Setting("initializer_range", "init_method_std"),
+    Setting("initializer_range", "init_method_std", default=0.02),
 )
 
 CONSTANTS = {

@@ -36,7 +36,9 @@ def _acquire(path: Path, what: str) -> int:
         except BlockingIOError:
             holder = _holder(descriptor)
             os.close(descriptor)
-            raise UsageError(f"{what} is in use {holder} (lock: {path}); wait for it or choose another output") from None
+            raise UsageError(
+                f"{what} is in use {holder} (lock: {path}); wait for it or choose another output"
+            ) from None
         # The owner before us may have removed the file between our open and our lock.
         if path.exists() and os.fstat(descriptor).st_ino == path.stat().st_ino:
             break

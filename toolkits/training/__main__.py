@@ -27,7 +27,7 @@ def main() -> None:
 def _quieten() -> None:
     """Keep what users cannot act on off their screen: both libraries are pinned, and tests run with warnings on."""
     warnings.filterwarnings("ignore", module="megatron")  # regrets the absence of packages that are not used
-    warnings.filterwarnings("ignore", module="torch", category=FutureWarning)  # names that megatron-core calls
+    warnings.filterwarnings("ignore", category=FutureWarning)  # about torch names that megatron-core calls
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor that is not a leaf")
 
 

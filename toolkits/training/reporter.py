@@ -1,13 +1,17 @@
 """What a run says: one line a step on the screen and in the log, TensorBoard, and a picture of the loss."""
 
+import contextlib
 import resource
 import time
+import traceback
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TextIO
 
 import torch
 
+from ..foundation.errors import InterruptedRun
 from ..foundation.progress import clock, human_bytes
 
 LOSS_PICTURE = "loss.png"
@@ -28,7 +32,7 @@ class StepFigures:
 
 @dataclass
 class Reporter:
-    """Writes for rank 0; on the other ranks everything but `failure` is silent.
+    """Writes for rank 0; the other ranks only note what goes wrong.
 
     `log` is shared by all ranks, so that the one that fails can leave its traceback there.
     """
@@ -94,10 +98,18 @@ class Reporter:
             self._board.flush()
             draw_losses(self.picture, [(f.step, f.loss) for f in self.history], self.validation)
 
-    def failure(self, text: str) -> None:
-        """Append what went wrong on this rank to the log; any rank may call it."""
-        with open(self.log, "a", encoding="utf-8") as file:
-            file.write(text.rstrip() + "\n")
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Leave the traceback of what goes wrong in the block in the log, on whichever rank it does."""
+        try:
+            yield
+        except InterruptedRun:
+            raise
+        except Exception:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+            raise
 
 
 def draw_losses(path: Path, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:

@@ -4,7 +4,6 @@ import contextlib
 import math
 import os
 import time
-import traceback
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -42,12 +41,9 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
     checkpoints = config.output.output / "checkpoint" / config.output.name
     with _output_folder(checkpoints, source), process_groups(layout, seed=config.data.seed):
         reporter = _reporter(config, checkpoints, steps_of(config, data.training))
-        try:
+        with reporter.noting_failure():
             training = _set_up(config, objective, layout, (source, data), reporter, checkpoints)
             saved = train(training)
-        except Exception:
-            reporter.failure(traceback.format_exc())
-            raise
     if config.output.export_hf and int(os.environ["RANK"]) == 0:
         _export(config, saved, reporter)
     reporter.say(f"done: {saved}")
@@ -109,7 +105,7 @@ def _output_folder(checkpoints: Path, source: ModelSource) -> Iterator[None]:
         yield
         return
     with locked(checkpoints.with_name(f".lock-{checkpoints.name}"), what=str(checkpoints)):
-        if checkpoints.exists() and any(checkpoints.iterdir()):
+        if any(checkpoints.glob("iter_*")):
             raise UsageError(
                 f"{checkpoints} holds a run already, and continuing one is not built yet; "
                 "choose another OUTPUT_BASEPATH"

@@ -1,0 +1,311 @@
+"""The launcher's table: every value of every position, NAME, the checks, --help, DRY_RUN."""
+
+import json
+import re
+import shlex
+import string
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from toolkits.foundation.errors import CheckpointError, DataError, TemperError, UsageError
+from toolkits.launch import checks
+from toolkits.launch.__main__ import launch
+from toolkits.launch.arguments import FAMILIES, VARIABLES, Entry
+from toolkits.launch.checks import Launch, check_call
+from toolkits.launch.kinds import NotBuiltYet, human_size
+from toolkits.launch.table import MARKS, markdown_table
+from toolkits.training.config import all_settings
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+QWEN = FAMILIES["qwen"]
+NAMES = [entry.name for entry in QWEN.positions]
+SEED_LINE = shlex.split(
+    "dsw 7B 1 8 1e-5 1e-6 128 128 bf16 1 1 1 true true true true false false 100 DATA VALID CKPT 1000 100 OUT"
+)
+SEVEN_B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "model_type": "qwen2",
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1000000.0,
+    "initializer_range": 0.02,
+    "max_position_embeddings": 32768,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder with a space that holds all that the seed's line names, on a machine without a GPU."""
+    folder = tmp_path / "with space"
+    (folder / "CKPT" / "hf").mkdir(parents=True)
+    (folder / "CKPT" / "hf" / "config.json").write_text(json.dumps(SEVEN_B))
+    for name in ("DATA", "VALID"):
+        for ending in (".bin", ".idx"):
+            (folder / f"{name}_text_document{ending}").touch()
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
+    for entry in VARIABLES:
+        monkeypatch.delenv(entry.name, raising=False)
+    yield folder
+
+
+def line(**changes: str) -> list[str]:
+    """The seed's line with other words at some positions."""
+    assert set(changes) <= set(NAMES)
+    return [changes.get(name, word) for name, word in zip(NAMES, SEED_LINE, strict=True)]
+
+
+def check(environment: dict[str, str] | None = None, **changes: str) -> Launch:
+    return check_call(QWEN, line(**changes), environment or {})
+
+
+def refusal(environment: dict[str, str] | None = None, **changes: str) -> TemperError:
+    with pytest.raises(TemperError) as caught:
+        check(environment, **changes)
+    return caught.value
+
+
+def test_the_seeds_line_becomes_these_settings() -> None:
+    job = check()
+    values = job.config.values()
+    expected = {
+        "checkpoint": "CKPT", "data": Path("DATA"), "valid_data": Path("VALID"), "output": Path("OUT"),
+        "micro_batch_size": 1, "global_batch_size": 8, "lr": 1e-5, "min_lr": 1e-6, "seq_len": 128,
+        "precision": "bf16", "tensor_parallel": 1, "pipeline_parallel": 1, "sequence_parallel": True,
+        "distributed_optimizer": True, "flash_attention": True, "save_interval": 100, "train_iters": 1000,
+        "warmup_iters": 100, "adam_beta1": 0.9, "adam_beta2": 0.95, "weight_decay": 0.1, "clip_grad": 1.0,
+        "packing": True, "export_hf": False, "keep_last": 2,
+    }  # fmt: skip
+    assert {name: values[name] for name in expected} == expected
+    assert (job.ranks, job.device, job.num_parameters) == (1, "CPU", 7_615_616_512)
+    assert job.config.output.name == (
+        "finetune-mcore-qwen2.5-7B-lr-1e-5-minlr-1e-6-bs-1-gbs-8-seqlen-128-pr-bf16-tp-1-pp-1-cp-1"
+        "-ac-false-do-true-sp-true-ti-1000-wi-100"
+    )
+
+
+CASES = [
+    (entry, word, position)
+    for position, entries in ((True, QWEN.positions), (False, VARIABLES))
+    for entry in entries
+    for word in entry.kind.examples
+]
+
+
+@pytest.mark.parametrize(("entry", "word", "position"), CASES, ids=[f"{entry.name}={word}" for entry, word, _ in CASES])
+def test_every_value_works_or_is_refused_by_name(entry: Entry, word: str, position: bool) -> None:
+    try:
+        entry.kind.read(word)
+    except NotBuiltYet:
+        error = refusal(**{entry.name: word}) if position else refusal({entry.name: word})
+        assert isinstance(error, UsageError)
+        assert entry.name in str(error) and repr(word) in str(error) and "not built yet" in str(error)
+        assert "problems" not in str(error)  # nothing else is wrong with this line
+        return
+    if position and entry.kind.__class__.__name__ != "Text":
+        call = dict(zip(NAMES, line(), strict=True)) | _companions(entry.name, word) | {entry.name: word}
+        assert check(**call)
+    elif not position and entry.kind.__class__.__name__ != "Text":
+        assert check({entry.name: word})
+
+
+def _companions(name: str, word: str) -> dict[str, str]:
+    """Words that make `word` at `name` consistent with the rest of the line."""
+    if name == "MODEL_SIZE":
+        _fake_size(word)
+    return {
+        "GLOBAL_BATCH_SIZE": {"BATCH_SIZE": "1"},
+        "SEQ_LEN": {"PAD_LEN": "2"},
+        "MIN_LR": {"LR": "5"},
+        "LR": {"MIN_LR": "0"},
+        "TRAIN_TOKENS_OR_ITERS": {"WARMUP_TOKENS_OR_ITERS": "0"},
+    }.get(name, {})
+
+
+def _fake_size(word: str) -> None:
+    """Give the checkpoint about as many parameters as `word` says, by its number of layers."""
+    if word == "auto":
+        return
+    wanted = float(word[:-1]) * (1e9 if word[-1] == "B" else 1e6)
+    small = SEVEN_B | {
+        "hidden_size": 896,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "intermediate_size": 4864,
+    }
+    small |= {"vocab_size": 1024}
+    layer = 896 * (896 * 2 + 256) + 3 * 896 * 4864
+    config = small | {"num_hidden_layers": max(1, round(wanted / layer))}
+    Path("CKPT/hf/config.json").write_text(json.dumps(config))
+
+
+def test_the_documented_values_are_the_ones_that_are_tried() -> None:
+    documented = {
+        "ENV": "dsw dlc", "PR": "bf16 fp16 fp32 fp8", "SP": "true false", "DO": "true false", "FL": "true false",
+        "SFT": "true false", "AC": "full sel offload false none", "MODEL_SIZE": "0.5B 1.5B 3B 7B 14B 32B 72B auto",
+        "OPTIMIZER_OFFLOAD": "false static auto 0.5", "MP_DATASET_TYPE": "idxmap raw", "RESUME": "auto never",
+        "MP_SFT_PACKING": "true false", "EXPORT_HF": "true false",
+    }  # fmt: skip
+    tried = {entry.name: set(entry.kind.examples) for entry in (*QWEN.positions, *VARIABLES)}
+    for name, words in documented.items():
+        assert set(words.split()) <= tried[name], name
+    assert len(QWEN.positions) == 25
+
+
+def test_the_table_names_real_settings_and_the_name_real_positions() -> None:
+    fields = {setting.name for setting in all_settings()}
+    for entry in (*QWEN.positions, *VARIABLES):
+        assert entry.setting is None or entry.setting in fields
+    parts = {part for _, part, _, _ in string.Formatter().parse(QWEN.name_shape) if part}
+    assert parts <= {*NAMES, "task", "model"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"LR": "fast"}, r"LR \(position 5\) 'fast' must be a number"),
+        ({"LR": "nan"}, "must be a number of at least 0"),
+        ({"TP": "0"}, r"TP \(position 10\) '0' must be at least 1"),
+        ({"BATCH_SIZE": "1.5"}, "must be a whole number"),
+        ({"SP": "True"}, "must be one of true, false"),
+        ({"MODEL_SIZE": "7"}, "must be a number with M or B"),
+        ({"OPTIMIZER_OFFLOAD": "1.5"}, "must be one of false, static, auto, or a fraction"),
+        ({"OUTPUT_BASEPATH": ""}, r"OUTPUT_BASEPATH \(position 25\) '' must not be empty"),
+        ({"PAD_LEN": "129"}, "PAD_LEN 129 is larger than SEQ_LEN 128"),
+        ({"MIN_LR": "1e-4"}, "MIN_LR 0.0001 is larger than LR 1e-05"),
+        ({"WARMUP_TOKENS_OR_ITERS": "1000"}, "leaves nothing of TRAIN_TOKENS_OR_ITERS 1000"),
+        ({"BATCH_SIZE": "3"}, "GLOBAL_BATCH_SIZE 8 is not a multiple of BATCH_SIZE 3 x DP 1 = 3: use 6 or 9"),
+        ({"TP": "8"}, "TP=8 > 4 KV groups: use TP 1, 2 or 4"),
+        ({"PP": "3"}, r"PP=3 does not divide 28 layers .* use PP 2 or 4"),
+        ({"MODEL_SIZE": "14B"}, r"MODEL_SIZE is 14B, but .*CKPT describes 7.6B \(7,615,616,512 parameters\)"),
+        ({"PRETRAIN_CHECKPOINT_PATH": "none"}, "HF_CONFIG"),
+    ],
+)
+def test_a_wrong_word_is_refused_with_exit_2(changes: dict[str, str], words: str) -> None:
+    error = refusal(**changes)
+    assert error.exit_code == 2 and re.search(words, str(error)), error
+
+
+def test_all_complaints_come_at_once() -> None:
+    error = refusal(
+        {"EXTRA_ARGS": "--warp 9", "MP_VP": "2"}, ENV="dlc", LR="x", PAD_LEN="999", TP="8", DATASET_PATH="gone"
+    )
+    for words in ("ENV", "LR", "PAD_LEN", "KV groups", "gone_text_document.bin", "--warp", "MP_VP", "8 problems"):
+        assert words in str(error)
+    assert error.exit_code == 2
+
+
+def test_missing_things_have_their_own_exit_codes() -> None:
+    error = refusal(PRETRAIN_CHECKPOINT_PATH="nowhere")
+    assert isinstance(error, CheckpointError)
+    assert "no checkpoint at nowhere. Pretrained weights were requested; refusing to train from random" in str(error)
+    Path("VALID_text_document.idx").unlink()
+    error = refusal()
+    assert isinstance(error, DataError)
+    assert "VALID_DATASET_PATH VALID: VALID_text_document.idx missing" in str(error)
+
+
+@pytest.mark.parametrize("spelling", ["DATA", "DATA_text_document", "DATA_text_document.bin"])
+def test_datasets_in_every_spelling_and_validation_on_the_same(spelling: str) -> None:
+    config = check(VALID_DATASET_PATH=spelling).config
+    assert config.data.valid_data == config.data.data == Path("DATA")
+
+
+@pytest.mark.parametrize("place", ["CKPT/hf", "CKPT/release", "CKPT"])
+def test_the_config_is_found_in_every_kind_of_checkpoint(place: str) -> None:
+    Path("CKPT/release").mkdir()
+    assert check(PRETRAIN_CHECKPOINT_PATH=place).num_parameters == 7_615_616_512
+
+
+def test_none_trains_from_scratch_with_a_config() -> None:
+    for said in ("CKPT/hf", "CKPT/hf/config.json"):
+        job = check({"HF_CONFIG": said}, PRETRAIN_CHECKPOINT_PATH="none")
+        assert job.config.model.checkpoint == "none" and job.config.model.hf_config == Path(said)
+    error = refusal({"HF_CONFIG": "nowhere"}, PRETRAIN_CHECKPOINT_PATH="none")
+    assert "nowhere/config.json does not exist" in str(error)
+
+
+def test_a_model_that_cannot_be_trained_exactly_is_refused() -> None:
+    Path("CKPT/hf/config.json").write_text(json.dumps(SEVEN_B | {"use_sliding_window": True}))
+    assert "sliding-window" in str(refusal())
+    Path("CKPT/hf/config.json").write_text("{")
+    assert "is not JSON" in str(refusal())
+
+
+def test_the_variables_reach_the_settings() -> None:
+    config = check({"EPOCHS": "3", "MP_SFT_PACKING": "false", "EXPORT_HF": "true", "KEEP_LAST": "5"}).config
+    assert (config.batch.epochs, config.batch.train_iters) == (3.0, 0)
+    assert (config.data.packing, config.output.export_hf, config.output.keep_last) == (False, True, 5)
+    assert "-ti-3epochs-" in config.output.name
+    extra = check({"EXTRA_ARGS": "--weight-decay 0.5 --no-packing --name 'my run'", "EPOCHS": ""}).config
+    assert (extra.optimizer.weight_decay, extra.data.packing, extra.output.name) == (0.5, False, "my run")
+    assert "EXTRA_ARGS: " in str(refusal({"EXTRA_ARGS": "'open"}))
+    assert "EXTRA_ARGS: " in str(refusal({"EXTRA_ARGS": "--precision fp4"}))
+
+
+def test_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert check(TP="2", PP="2").ranks == 4
+    assert check({"NPROC_PER_NODE": "8"}, TP="2").ranks == 8
+    assert "does not divide the 3 ranks" in str(refusal({"NPROC_PER_NODE": "3"}, TP="2"))
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 8)
+    assert (check().ranks, check().device) == (8, "GPU")
+    assert "8 visible GPUs" in str(refusal({"NPROC_PER_NODE": "16"}, GLOBAL_BATCH_SIZE="16"))
+
+
+def test_auto_says_the_computed_size() -> None:
+    assert "-qwen2.5-7.6B-lr-" in check(MODEL_SIZE="auto").config.output.name
+    assert [human_size(count) for count in (494e6, 3.4e6, 72.7e9, 14e9, 2e6)] == ["0.5B", "3.4M", "72.7B", "14B", "2M"]
+
+
+def test_dry_run_prints_a_line_that_says_the_same(monkeypatch, capsys, home: Path) -> None:
+    monkeypatch.setenv("DRY_RUN", "1")
+    words = line(DATASET_PATH=str(home / "DATA"), OUTPUT_BASEPATH="o ut")
+    assert launch(["qwen", *words]) == 0
+    out, err = capsys.readouterr()
+    assert "finetune-mcore-qwen2.5-7B-" in err and "TP 1 x PP 1 x DP 1 = 1 CPU rank" in err
+    assert not (home / "o ut").exists()
+    printed = shlex.split(out)
+    start = printed.index("-m")
+    assert printed[0].startswith("PYTHONPATH=") and Path(printed[1]).name == "torchrun"
+    assert printed[start : start + 3] == ["-m", "toolkits.training", "sft"]
+    assert "--nproc-per-node=1" in printed
+    from toolkits.launch.reading import with_flags
+
+    config = check_call(QWEN, words, {}).config
+    assert with_flags(config, printed[start + 3 :]) == config
+    assert printed[start + 3 :] == config.flags()
+
+
+def test_help_prints_the_table(capsys) -> None:
+    assert launch(["qwen", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert all(name in out for name in NAMES) and "EXTRA_ARGS" in out
+
+
+def test_a_wrong_number_of_arguments_shows_what_was_given(capsys) -> None:
+    shifted = [*SEED_LINE[:12], "4", *SEED_LINE[12:]]
+    with pytest.raises(UsageError, match="takes 25 arguments, 26 were given"):
+        launch(["qwen", *shifted])
+    err = capsys.readouterr().err
+    assert "too many" in err and "does not fit" in err
+    with pytest.raises(UsageError, match="0 were given"):
+        launch(["qwen"])
+    with pytest.raises(UsageError, match="say which launcher"):
+        launch(["gpt"])
+
+
+def test_the_readme_shows_this_table() -> None:
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    opening, closing = MARKS
+    if opening not in readme:
+        pytest.skip("the README has no launcher table yet")
+    assert readme.split(opening)[1].split(closing)[0].strip() == markdown_table(QWEN)

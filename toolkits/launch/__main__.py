@@ -1,0 +1,76 @@
+"""`python -m toolkits.launch FAMILY WORDS...`: all that a launcher script calls."""
+
+import os
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..foundation.errors import UsageError, run_guarded
+from .arguments import FAMILIES, Family
+from .checks import Launch, check_call
+from .elastic import start_ranks
+from .kinds import human_size
+from .reading import torchrun_line
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def launch(words: Sequence[str]) -> int:
+    """Check a launcher's call, say what will run, run it, and return the exit code."""
+    family, given = _family(words), list(words[1:])
+    asks_help = bool({"-h", "--help"} & set(given))
+    if asks_help or len(given) != len(family.positions):
+        from .table import print_table
+
+        print_table(family, [] if asks_help else given, to_stderr=not asks_help)
+        if asks_help:
+            return 0
+        raise UsageError(f"{family.script} takes {len(family.positions)} arguments, {len(given)} were given")
+    job = check_call(family, given, os.environ)
+    print(summary(job), file=sys.stderr, flush=True)
+    if job.dry_run:
+        print(torchrun_line(job.config, ranks=job.ranks, torchrun=_torchrun(), repository=REPOSITORY))
+        return 0
+    job.config.output.output.mkdir(parents=True, exist_ok=True)
+    return start_ranks(["sft", *job.config.flags()], ranks=job.ranks)
+
+
+def summary(job: Launch) -> str:
+    """Return a few lines that say what will run and where it goes."""
+    config, name, out = job.config, job.config.output.name, job.config.output.output
+    layout = config.layout
+    replicas = job.ranks // (layout.tensor_parallel * layout.pipeline_parallel)
+    sequence = "on" if layout.sequence_parallel and layout.tensor_parallel > 1 else "off"
+    if layout.sequence_parallel and layout.tensor_parallel == 1:
+        sequence += " (it needs TP > 1)"
+    sharded = "sharded" if layout.distributed_optimizer else "whole on every rank"
+    lines = [
+        name,
+        f"  model    {human_size(job.num_parameters)} parameters, {config.batch.precision}, from "
+        + str(config.model.hf_config if config.model.checkpoint == "none" else config.model.checkpoint),
+        f"  layout   TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x DP {replicas} = "
+        f"{job.ranks} {job.device} rank{'s' * (job.ranks > 1)}, sequence parallel {sequence}, optimizer {sharded}",
+        f"  output   {shlex.quote(str(out / 'checkpoint' / name))}, and {shlex.quote(str(out))}/tensorboard, log",
+    ]
+    return "\n".join(lines)
+
+
+def _family(words: Sequence[str]) -> Family:
+    if not words or words[0] not in FAMILIES:
+        raise UsageError(f"say which launcher: python -m toolkits.launch {'|'.join(FAMILIES)} ...")
+    return FAMILIES[words[0]]
+
+
+def _torchrun() -> str:
+    beside = Path(sys.executable).with_name("torchrun")
+    return str(beside) if beside.exists() else "torchrun"
+
+
+def main() -> None:
+    """Entry point of the launcher scripts."""
+    sys.exit(run_guarded(lambda: sys.exit(launch(sys.argv[1:]))))
+
+
+if __name__ == "__main__":
+    main()

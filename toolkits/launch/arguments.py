@@ -1,0 +1,106 @@
+"""The launchers' positions and variables, once: name, values, check, what each becomes.
+
+The check of a call, the run's NAME, `--help` and the README's table are all derived from this table. A
+launcher of another family is a Family here and a script of two lines in run_scripts/.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .kinds import SWITCH, Integer, Kind, ModelSize, Number, Offload, OneOf, Text, words
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A position or an environment variable; `setting` is the field of TrainConfig that takes its value."""
+
+    name: str
+    kind: Kind
+    help: str
+    setting: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """A launcher: its positions in the order that its users know, and the model's name in NAME."""
+
+    script: str
+    model: str
+    positions: tuple[Entry, ...]
+    name_shape: str
+
+    def run_name(self, typed: Mapping[str, str]) -> str:
+        """Return NAME for the words `typed`, by the name of their position."""
+        return self.name_shape.format(task="finetune", model=self.model, **typed)
+
+
+def _dense(sizes: tuple[str, ...]) -> tuple[Entry, ...]:
+    """The 25 positions of a dense decoder."""
+    return (
+        Entry(
+            "ENV",
+            words("dsw", not_built=("dlc",)),
+            "this machine: every visible GPU, else CPU ranks (NPROC_PER_NODE, or TP x PP x CP)",
+        ),
+        Entry("MODEL_SIZE", ModelSize(sizes), "checked against the checkpoint's config.json, within 25%"),
+        Entry("BATCH_SIZE", Integer(), "micro batch of a data-parallel rank", "micro_batch_size"),
+        Entry("GLOBAL_BATCH_SIZE", Integer(), "a multiple of BATCH_SIZE x DP", "global_batch_size"),
+        Entry("LR", Number(), "peak of the cosine, after the warm-up", "lr"),
+        Entry("MIN_LR", Number(), "reached at the last iteration", "min_lr"),
+        Entry("SEQ_LEN", Integer(2), "tokens in a row, whatever the dataset was built with", "seq_len"),
+        Entry("PAD_LEN", Integer(), "padding length of raw JSON data, at most SEQ_LEN"),
+        Entry("PR", words("bf16", "fp32", not_built=("fp16", "fp8")), "number format", "precision"),
+        Entry("TP", Integer(), "tensor parallel ranks", "tensor_parallel"),
+        Entry("PP", Integer(), "pipeline stages", "pipeline_parallel"),
+        Entry("CP", Integer(built_to=1), "context parallel ranks"),
+        Entry("SP", SWITCH, "sequence parallel; off at TP=1", "sequence_parallel"),
+        Entry("DO", SWITCH, "distributed optimizer (ZeRO-1)", "distributed_optimizer"),
+        Entry("FL", SWITCH, "flash attention, or the exact reference path", "flash_attention"),
+        Entry("SFT", OneOf({"true": True}, ("false",)), "fine-tuning; false: continued pre-training"),
+        Entry("AC", words("false", "none", not_built=("full", "sel", "offload")), "activation recompute or offload"),
+        Entry("OPTIMIZER_OFFLOAD", Offload(), "optimizer state in CPU memory"),
+        Entry("SAVE_INTERVAL", Integer(0), "iterations between checkpoints; 0: only the last", "save_interval"),
+        Entry("DATASET_PATH", Text("prefix"), "P, P_text_document or P_text_document.bin", "data"),
+        Entry("VALID_DATASET_PATH", Text("prefix"), "the same as DATASET_PATH: 1% of that is held out", "valid_data"),
+        Entry(
+            "PRETRAIN_CHECKPOINT_PATH",
+            Text("mcore dir, HuggingFace dir, or none"),
+            "none: random weights, needs HF_CONFIG",
+            "checkpoint",
+        ),
+        Entry("TRAIN_TOKENS_OR_ITERS", Integer(), "iterations", "train_iters"),
+        Entry("WARMUP_TOKENS_OR_ITERS", Integer(0), "iterations of warm-up, part of those", "warmup_iters"),
+        Entry("OUTPUT_BASEPATH", Text("dir"), "checkpoint/NAME/, tensorboard/NAME_time/, log/NAME_time.log", "output"),
+    )
+
+
+DENSE_NAME = (
+    "{task}-mcore-{model}-{MODEL_SIZE}-lr-{LR}-minlr-{MIN_LR}-bs-{BATCH_SIZE}-gbs-{GLOBAL_BATCH_SIZE}"
+    "-seqlen-{SEQ_LEN}-pr-{PR}-tp-{TP}-pp-{PP}-cp-{CP}-ac-{AC}-do-{DO}-sp-{SP}"
+    "-ti-{TRAIN_TOKENS_OR_ITERS}-wi-{WARMUP_TOKENS_OR_ITERS}"
+)
+
+FAMILIES = {
+    "qwen": Family(
+        script="run_mcore_qwen.sh",
+        model="qwen2.5",
+        positions=_dense(("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),
+        name_shape=DENSE_NAME,
+    )
+}
+
+VARIABLES = (
+    Entry("MP_SFT_PACKING", SWITCH, "false: one conversation a row", "packing"),
+    Entry("EPOCHS", Number(), "passes over the data, instead of iterations", "epochs"),
+    Entry("RESUME", words("auto", "never"), "a used OUTPUT_BASEPATH is refused so far, whichever is said"),
+    Entry("EXPORT_HF", SWITCH, "write OUTPUT_BASEPATH/huggingface/NAME/ at the end", "export_hf"),
+    Entry("KEEP_LAST", Integer(), "checkpoints kept (2)", "keep_last"),
+    Entry("DRY_RUN", OneOf({"1": True, "0": False}), "1: print the equivalent torchrun line and stop"),
+    Entry("EXTRA_ARGS", Text("flags"), "any flag of `temper train sft`; wins over the positions"),
+    Entry("HF_CONFIG", Text("dir"), "config and tokenizer when the checkpoint is none", "hf_config"),
+    Entry("NPROC_PER_NODE", Integer(), "ranks on this machine"),
+    Entry("MP_DATASET_TYPE", words("idxmap", not_built=("raw",)), "what DATASET_PATH is"),
+    Entry("MP_AC_LAYERS", Integer(built_to=1), "layers that AC covers (1)"),
+    Entry("MP_VP", Integer(built_to=0), "layers of a virtual pipeline stage"),
+    Entry("MP_PP0_LAYERS", Integer(built_to=0), "layers of the first pipeline stage"),
+)

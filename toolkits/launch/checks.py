@@ -1,0 +1,172 @@
+"""Everything that can be known to be wrong before a rank is started, said at once."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from conversion.mcore_directory import hf_folder
+from conversion.plan import mcore_settings, plan_for, untrainable_reasons
+from data_preprocessing.dataset import document_prefix
+
+from ..foundation.errors import CheckpointError, DataError, TemperError, UsageError, raise_all
+from ..training.config import TrainConfig
+from ..training.layout import DIVIDED_BY_TENSOR_PARALLEL, layout_problems
+from .arguments import Family
+from .kinds import human_size
+from .ranks import visible_gpus
+from .reading import Call, in_words_of, read_call, settings_of
+
+SIZE_TOLERANCE = 0.25
+LAYOUT_WORDS = ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "NPROC_PER_NODE")
+SCHEDULE_WORDS = ("LR", "MIN_LR", "TRAIN_TOKENS_OR_ITERS", "WARMUP_TOKENS_OR_ITERS", "EPOCHS")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A call that passed every check."""
+
+    config: TrainConfig
+    ranks: int
+    device: str
+    num_parameters: int
+    dry_run: bool
+
+
+def check_call(family: Family, given: Sequence[str], environment: Mapping[str, str]) -> Launch:
+    """Read and check a call of `family`; raise one error with every complaint.
+
+    The error is a UsageError, unless all complaints are of one other kind.
+    """
+    call = read_call(family, given, environment)
+    problems: list[TemperError] = [UsageError(text) for text in call.problems]
+    try:
+        hf_config = model_config(call)
+        parameters = plan_for(hf_config).num_parameters if hf_config else 0
+    except CheckpointError as error:
+        problems.append(error)
+        hf_config, parameters = None, 0
+    size = call.typed["MODEL_SIZE"]
+    problems += size_problems(call, parameters) if parameters else []
+    gpus = visible_gpus()
+    try:
+        config = settings_of(call, human_size(parameters) if size == "auto" else size)
+    except (click.UsageError, ValueError) as error:  # ValueError: an open quote
+        said = error.format_message() if isinstance(error, click.UsageError) else str(error)
+        problems.append(UsageError(f"EXTRA_ARGS: {said}"))
+        config = settings_of(_without(call, "EXTRA_ARGS"), size)
+    layout = config.layout
+    ranks = call.values.get("NPROC_PER_NODE") or gpus or layout.tensor_parallel * layout.pipeline_parallel
+    problems += setting_problems(call, config) + path_problems(call, config)
+    problems += rank_problems(call, config, hf_config, ranks=ranks, gpus=gpus)
+    _raise(family, problems)
+    dry_run = bool(call.values.get("DRY_RUN", False))
+    return Launch(config, ranks, "GPU" if gpus else "CPU", parameters, dry_run)
+
+
+def model_config(call: Call) -> dict[str, Any] | None:
+    """Return the config.json of the checkpoint; None when the call does not say where it is."""
+    said = call.values["PRETRAIN_CHECKPOINT_PATH"]
+    if said == "none":
+        if "HF_CONFIG" not in call.values:  # the settings' own check complains
+            return None
+        path = Path(call.values["HF_CONFIG"])
+        return read_json(path if path.name == "config.json" else path / "config.json")
+    if not call.reads("PRETRAIN_CHECKPOINT_PATH"):
+        return None
+    if not Path(said).exists():
+        raise CheckpointError(
+            f"no checkpoint at {said}. Pretrained weights were requested; refusing to train from random weights "
+            "(say `none` for that)"
+        )
+    return read_json(hf_folder(Path(said)) / "config.json")
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a config.json; raise CheckpointError when there is none."""
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} does not exist") from None
+    except ValueError as error:
+        raise CheckpointError(f"{file} is not JSON: {error}") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file} holds no JSON object")
+    return content
+
+
+def size_problems(call: Call, parameters: int) -> list[TemperError]:
+    """Hold MODEL_SIZE against what config.json describes."""
+    said = call.values["MODEL_SIZE"]
+    if said is None or not call.reads("MODEL_SIZE") or abs(parameters - said) <= SIZE_TOLERANCE * said:
+        return []
+    actual = human_size(parameters)
+    return [
+        UsageError(
+            f"MODEL_SIZE is {call.typed['MODEL_SIZE']}, but the config.json of "
+            f"{call.values['PRETRAIN_CHECKPOINT_PATH']} describes {actual} ({parameters:,} parameters): "
+            f"use {actual} or auto, or another checkpoint"
+        )
+    ]
+
+
+def setting_problems(call: Call, config: TrainConfig) -> list[TemperError]:
+    """Return what the settings say against each other."""
+    found: list[TemperError] = []
+    if call.reads(*SCHEDULE_WORDS):
+        found += [UsageError(in_words_of(call.family, text)) for text in config.problems()]
+    pad, row = call.values["PAD_LEN"], call.values["SEQ_LEN"]
+    if call.reads("PAD_LEN", "SEQ_LEN") and pad > row:
+        found.append(UsageError(f"PAD_LEN {pad} is larger than SEQ_LEN {row}"))
+    return found
+
+
+def path_problems(call: Call, config: TrainConfig) -> list[TemperError]:
+    """Return the datasets that are not there."""
+    said = {"DATASET_PATH": config.data.data, "VALID_DATASET_PATH": config.data.valid_data}
+    found: list[TemperError] = []
+    for name, path in said.items():
+        if path is None or not call.reads(name) or path in [said[other] for other in said if other < name]:
+            continue
+        missing = missing_files(path)
+        if missing:
+            found.append(DataError(f"{name} {path}: {' and '.join(missing)} missing; `temper data build` writes them"))
+    return found
+
+
+def missing_files(path: Path) -> list[str]:
+    """Return which of a dataset's two files are missing."""
+    files = [f"{document_prefix(path)}{ending}" for ending in (".bin", ".idx")]
+    return [file for file in files if not os.path.exists(file)]
+
+
+def rank_problems(
+    call: Call, config: TrainConfig, hf_config: dict[str, Any] | None, *, ranks: int, gpus: int
+) -> list[TemperError]:
+    """Hold the parallel layout against the model and the machine."""
+    found = untrainable_reasons(hf_config) if hf_config else []
+    if gpus and ranks > gpus:
+        found.append(f"NPROC_PER_NODE is {ranks}, this machine has {gpus} visible GPUs")
+    if call.reads(*LAYOUT_WORDS):
+        found += layout_problems(config, mcore_settings(hf_config) if hf_config else _any_model(config), ranks)
+    return [UsageError(text) for text in found]
+
+
+def _any_model(config: TrainConfig) -> dict[str, int]:
+    """A model that every TP and PP divide: what remains are the rules of the batch and the ranks."""
+    layout = config.layout
+    return {"num_layers": layout.pipeline_parallel, **dict.fromkeys(DIVIDED_BY_TENSOR_PARALLEL, layout.tensor_parallel)}
+
+
+def _without(call: Call, name: str) -> Call:
+    values = {key: value for key, value in call.values.items() if key != name}
+    return Call(call.family, call.typed, values, call.unread | {name}, call.problems)
+
+
+def _raise(family: Family, problems: list[TemperError]) -> None:
+    kinds = {type(problem) for problem in problems}
+    raise_all(kinds.pop() if len(kinds) == 1 else UsageError, family.script, [str(problem) for problem in problems])

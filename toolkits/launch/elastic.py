@@ -1,0 +1,95 @@
+"""Start the ranks of one machine through torch elastic and speak for them: exit codes, messages, signals.
+
+Under plain `torchrun` every failure ends with exit code 1, and a SIGTERM leaves too little time to save.
+"""
+
+import contextlib
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..foundation.errors import InterruptedRun
+from .rank import ERROR_DIRECTORY, LAUNCHER_PID, error_file
+
+if TYPE_CHECKING:  # it imports torch, which takes seconds
+    from .agent import Death, Ending
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+INTERRUPTED = InterruptedRun.exit_code
+
+
+def start_ranks(arguments: list[str], *, ranks: int, grace: float = 60, module: str = "toolkits.training") -> int:
+    """Run `python -m module arguments` `ranks` times on this machine and return the exit code of the job.
+
+    That is 0, or the code of the rank that failed first (128 + n when signal n killed it), whose message
+    is printed; or 75 when a signal came and every rank saved within `grace` seconds.
+    """
+    stop_signals = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
+    with _signals_restored(stop_signals):
+        for number in stop_signals:  # until torch is imported and the ranks are there
+            signal.signal(number, lambda *_: os._exit(INTERRUPTED))
+        from .agent import run_agent
+
+        _silence_torch()
+        with tempfile.TemporaryDirectory(prefix="temper-") as errors:
+            os.environ.update(_environment(ranks, errors))
+            command = ["-u", "-m", module, *arguments]
+            ending = run_agent(command, ranks=ranks, grace=grace, stop_signals=stop_signals)
+            if ending.signalled and len(ending.deaths) < ranks:  # the ranks were not up yet
+                return INTERRUPTED
+            return _speak_for(ending, Path(errors))
+
+
+def _environment(ranks: int, errors: str) -> dict[str, str]:
+    cores = len(os.sched_getaffinity(0))
+    return {
+        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks)),
+        ERROR_DIRECTORY: errors,
+        LAUNCHER_PID: str(os.getpid()),
+    }
+
+
+def _speak_for(ending: "Ending", errors: Path) -> int:
+    """Print the words of the rank that decided the end, and return the exit code of the job."""
+    failed = [death for death in ending.deaths if death.code not in (0, INTERRUPTED)]
+    saved = [death for death in ending.deaths if death.code == INTERRUPTED]
+    first_to_fall = [death for death in ending.deaths if death.code]
+    speaker = next(iter((failed or saved) if ending.signalled else first_to_fall), None)
+    if speaker is None:
+        return 0
+    print(_last_words(speaker, errors, overdue=ending.signalled), file=sys.stderr, flush=True)
+    return speaker.code
+
+
+def _last_words(death: "Death", errors: Path, *, overdue: bool) -> str:
+    file = error_file(errors, death.rank)
+    if file.exists():
+        return f"rank {death.rank}: {file.read_text(encoding='utf-8')}"
+    if not death.by_signal:
+        return f"rank {death.rank} ended with exit code {death.code}"
+    text = f"rank {death.rank} was killed by signal {death.code - 128}"
+    if death.code == 128 + signal.SIGKILL:
+        text += " before it had saved" if overdue else "; the system does that when memory runs out"
+    return text
+
+
+def _silence_torch() -> None:
+    """Each elastic logger has a level of its own: setting the parent's does nothing."""
+    for name in list(logging.root.manager.loggerDict):
+        if name.startswith("torch.distributed.elastic"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+@contextlib.contextmanager
+def _signals_restored(signals: list[signal.Signals]) -> Iterator[None]:
+    before = {number: signal.getsignal(number) for number in signals}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,109 @@
+"""From typed words to the settings of a run: every word that does not fit is noted, none stops the reading."""
+
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import click
+
+from data_preprocessing.dataset import document_prefix
+
+from ..training.config import TrainConfig, as_command
+from ..training.options import settings_options
+from .arguments import VARIABLES, Entry, Family
+
+
+@dataclass(frozen=True)
+class Call:
+    """A launcher's call: the words as typed and what they mean, by the name of their entry.
+
+    `values` has a stand-in for each position in `unread`, so that the rest can still be checked.
+    """
+
+    family: Family
+    typed: Mapping[str, str]
+    values: Mapping[str, Any]
+    unread: frozenset[str]
+    problems: list[str] = field(default_factory=list)
+
+    def reads(self, *names: str) -> bool:
+        """Whether the words of all `names` could be read."""
+        return not self.unread & set(names)
+
+
+def complaint(entry: Entry, word: str) -> str | None:
+    """Return what is wrong with `word` as the value of `entry`, or None."""
+    try:
+        entry.kind.read(word)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def read_call(family: Family, given: Sequence[str], environment: Mapping[str, str]) -> Call:
+    """Read as many words as `family` has positions, and the variables that are set."""
+    assert len(given) == len(family.positions)
+    typed = {entry.name: word for entry, word in zip(family.positions, given, strict=True)}
+    typed |= {entry.name: environment[entry.name] for entry in VARIABLES if environment.get(entry.name)}
+    places = {entry.name: f" (position {number})" for number, entry in enumerate(family.positions, 1)}
+    values, unread, problems = {}, set(), []
+    for entry in (*family.positions, *VARIABLES):
+        word = typed.get(entry.name)
+        problem = None if word is None else complaint(entry, word)
+        if problem is not None:
+            problems.append(f"{entry.name}{places.get(entry.name, '')} {word!r} {problem}")
+            unread.add(entry.name)
+            word = entry.kind.examples[0] if entry.name in places else None
+        if word is not None:
+            values[entry.name] = entry.kind.read(word)
+    return Call(family, typed, values, frozenset(unread), problems)
+
+
+def settings_of(call: Call, size: str) -> TrainConfig:
+    """Return the settings that `call` asks for; `size` stands in NAME.
+
+    Raises click.UsageError for flags in EXTRA_ARGS that do not exist.
+    """
+    values = call.values
+    fields = {
+        entry.setting: values[entry.name]
+        for entry in (*call.family.positions, *VARIABLES)
+        if entry.setting is not None and entry.name in values
+    }
+    fields |= {name: Path(fields[name]) for name in ("data", "valid_data", "output", "hf_config") if name in fields}
+    if document_prefix(fields["valid_data"]) == document_prefix(fields["data"]):
+        fields["valid_data"] = fields["data"]  # training holds 1% out when it reads the same path
+    words = {**call.typed, "MODEL_SIZE": size}
+    if "EPOCHS" in values:
+        fields["train_iters"] = 0
+        words["TRAIN_TOKENS_OR_ITERS"] = f"{call.typed['EPOCHS']}epochs"
+    fields["name"] = call.family.run_name(words)
+    return with_flags(TrainConfig.from_values(fields), shlex.split(values.get("EXTRA_ARGS", "")))
+
+
+def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
+    """Return `config` with the command-line `flags` on top; raise click.UsageError when one does not exist."""
+    if not flags:
+        return config
+    return TrainConfig.from_values(_any_flags.make_context("EXTRA_ARGS", [*config.flags(), *flags]).params)
+
+
+@click.command(add_help_option=False)
+@settings_options
+def _any_flags(**_values: Any) -> None:
+    """Only its parser is used."""
+
+
+def in_words_of(family: Family, text: str) -> str:
+    """Return `text` with the flags that a position stands for replaced by the position's name."""
+    names = {entry.setting: entry.name for entry in (*family.positions, *VARIABLES) if entry.setting}
+    return re.sub(r"--([a-z][a-z-]+)", lambda match: names.get(match[1].replace("-", "_"), match[0]), text)
+
+
+def torchrun_line(config: TrainConfig, *, ranks: int, torchrun: str, repository: Path) -> str:
+    """Return the line that starts the same ranks under plain torchrun."""
+    words = [torchrun, "--standalone", f"--nproc-per-node={ranks}", "-m", "toolkits.training", "sft", *config.flags()]
+    return f"PYTHONPATH={shlex.quote(str(repository))} {as_command(words)}"
