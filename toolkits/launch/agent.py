@@ -18,8 +18,10 @@ from torch.distributed.elastic.multiprocessing.api import SubprocessContext
 from torch.distributed.elastic.rendezvous import RendezvousParameters
 from torch.distributed.elastic.rendezvous.registry import get_rendezvous_handler
 
+from ..foundation.errors import InterruptedRun
+
 THIS_MACHINE = "127.0.0.1"
-FAILURE_GRACE = 10.0  # seconds for the peers of a dead rank: they cannot save without it
+FAILURE_GRACE = 5.0  # seconds for the peers of a dead rank: they cannot save without it
 SAME_REQUEST = 1.0  # seconds in which several signals count as one: a group and its leader often get one each
 
 Handler = Callable[[int, FrameType | None], object]
@@ -65,6 +67,11 @@ class Agent(LocalElasticAgent):
         # torch's own "first failure" has a resolution of a second and may name the wrong rank.
         code = self._processes[rank].wait()
         self.deaths.append(Death(rank, 128 - code, by_signal=True) if code < 0 else Death(rank, code))
+        if code not in (0, InterruptedRun.exit_code):
+            # torch gives the peers half a minute, and a peer may sit in a call that notices no signal.
+            kill = threading.Timer(FAILURE_GRACE, self._kill)
+            kill.daemon = True
+            kill.start()
 
     def _shutdown(self, death_sig: signal.Signals | None = None, *_args: Any, **_kwargs: Any) -> None:
         """End the ranks with SIGTERM, whatever came to us; a second signal does not wait for them."""
@@ -75,12 +82,11 @@ class Agent(LocalElasticAgent):
                 self._kill()
 
         handle(self._stop_signals, quit_now)
-        grace = self._grace if death_sig else min(self._grace, FAILURE_GRACE)
         if death_sig:
-            wait = f"the ranks have {grace:.0f} s to save and stop; a second signal ends them at once"
+            wait = f"the ranks have {self._grace:.0f} s to save and stop; a second signal ends them at once"
             print(f"{death_sig.name}: {wait}", file=sys.stderr, flush=True)
         if self._pcontext is not None:
-            self._pcontext.close(signal.SIGTERM, grace)  # type: ignore[arg-type]
+            self._pcontext.close(signal.SIGTERM, self._grace)  # type: ignore[arg-type]
         for watcher in self._watchers:
             watcher.join(5)
 
