@@ -121,7 +121,7 @@ def reference_losses(inputs, model, *, shift=0):
     for step in range(STEPS):
         rate = learning_rate(step + 1, steps=STEPS, warmup=3, peak=1e-3, floor=1e-4)
         total, trained = 0.0, 0
-        for sample in (sample for number in batches.row_numbers(step) for sample in rows.rows[number]):
+        for sample in (sample for number in batches.row_numbers(step * GLOBAL) for sample in rows.rows[number]):
             tokens = torch.from_numpy(dataset.tokens(sample.index).astype(np.int64))
             mask = np.roll(dataset.mask(sample.index), shift)[1:]
             logits = network(tokens[None, :-1]).logits[0]

@@ -58,6 +58,13 @@ def temporary_of(target: Path) -> Path:
     return _sibling(_resolved(target), ".tmp-")
 
 
+def remove_unfinished(folder: Path) -> None:
+    """Remove what writers that died left in `folder`; whoever calls it keeps other writers out."""
+    for leftover in folder.glob(".tmp-*"):
+        print(f"removing {leftover}, left unfinished by a process that died", flush=True)
+        _remove(leftover)
+
+
 def write_text(target: Path, text: str) -> None:
     """Replace the small file `target` by `text` in one step."""
     temporary = _sibling(target, ".tmp-")

@@ -94,23 +94,14 @@ class Batches:
     def __init__(self, rows: Rows, batch: BatchSettings, layout: Layout, *, replica: int, seed: int) -> None:
         self.rows, self.batch, self.layout, self.replica, self.seed = rows, batch, layout, replica, seed
 
-    def require_one_step(self) -> None:
-        """Raise DataError when the rows do not fill one global batch."""
-        if len(self.rows) < self.batch.global_batch_size:
-            raise DataError(
-                f"{self.rows.dataset.path}: {len(self.rows)} rows of {self.rows.seq_len} tokens are fewer than one "
-                f"global batch of {self.batch.global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, "
-                "or MP_SFT_PACKING=false"
-            )
+    def step(self, consumed: int) -> Iterator[MicroBatch]:
+        """Yield this rank's micro batches of the step before which the run has consumed `consumed` rows."""
+        return self._micro_batches(self.row_numbers(consumed))
 
-    def step(self, step: int) -> Iterator[MicroBatch]:
-        """Yield this rank's micro batches of training step `step`, counted from 0."""
-        return self._micro_batches(self.row_numbers(step))
-
-    def row_numbers(self, step: int) -> list[int]:
-        """Return the rows of the global batch of `step`, over all ranks."""
-        size, count = self.batch.global_batch_size, len(self.rows)
-        places = range(step * size, (step + 1) * size)
+    def row_numbers(self, consumed: int) -> list[int]:
+        """Return the rows of that step's global batch, over all ranks."""
+        count = len(self.rows)
+        places = range(consumed, consumed + self.batch.global_batch_size)
         orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
         return [int(orders[place // count][place % count]) for place in places]
 

@@ -1,114 +1,168 @@
-"""Weights into the model, and the run's state onto disk: a step folder is complete or it is not there."""
+"""A run's state on disk: one folder a step, complete or not there at all.
+
+checkpoint/NAME/iter_0000100/   the torch_dist files of model, optimizer and random states
+                manifest.json   step, data position, layout, and every file with its size and hash
+"""
 
 import contextlib
+import hashlib
+import json
+import os
 import shutil
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from megatron.core.dist_checkpointing.dict_utils import nested_values
-from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factories
-from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from conversion.hf_as_mcore import HfAsMcore
-from conversion.safe_pickle import scan_directory
+from conversion.safe_pickle import read_metadata
 
-from ..foundation.errors import CheckpointError, raise_all
+from ..foundation.errors import CheckpointError, TemperError, UsageError
 from ..foundation.publish import publish_directory, temporary_of, write_text
+from .layout import Layout
+from .optimizer import optimizer_state, restore_optimizer
 from .parallel.model import PaddedVocabularyGPT
-from .parallel.world import rank
+from .parallel.world import gather, rank
+from .weights import load_mcore
 
 TRACKER = "latest_checkpointed_iteration.txt"
-# What a checkpoint may hold beyond the model: another run's optimizer and state, Transformer Engine's scales.
-NOT_THE_MODEL = ("optimizer", "rng_state", "rerun_state_machine", "opt_param_scheduler")
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
 
 
-def load_huggingface(model: PaddedVocabularyGPT, directory: Path) -> None:
-    """Fill this rank's weights from a HuggingFace directory, reading only the slices it holds."""
-    source = HfAsMcore(directory)
-    state = model.sharded_state_dict()
-    apply_factories(state)
-    tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
-    unknown = sorted({tensor.key for tensor in tensors} - set(source.tensors))
-    raise_all(CheckpointError, f"{directory} has nothing for", unknown)
-    with torch.no_grad():
-        for tensor in tensors:
-            _fill(tensor, source)
+@dataclass(frozen=True)
+class Position:
+    """How far a run is: optimizer steps taken and rows of data consumed by them, over all ranks."""
+
+    step: int = 0
+    rows: int = 0
 
 
-def _fill(tensor: ShardedTensor, source: HfAsMcore) -> None:
-    full = source.tensors[tensor.key].shape
-    local = (1,) * tensor.prepend_axis_num + tuple(tensor.local_shape)
-    # Only the vocabulary is padded in the model: rows that the checkpoint does not have stay zero.
-    shape = tuple(
-        max(0, min(size, end - start)) for size, end, start in zip(local, full, tensor.global_offset, strict=True)
-    )
-    if shape != local:
-        tensor.data.zero_()
-    if 0 in shape:
-        return
-    values = source.read(tensor.key, tuple(tensor.global_offset), shape).reshape(shape[tensor.prepend_axis_num :])
-    tensor.data[: values.shape[0]].copy_(values)
+@dataclass(frozen=True)
+class Saved:
+    """What a step folder says of itself.
 
-
-def load_mcore(model: PaddedVocabularyGPT, step_folder: Path) -> None:
-    """Fill this rank's weights from a torch_dist step folder, at any layout.
-
-    Raises CheckpointError with every key that only one side has. Nothing is unpickled before the scan.
+    `sharding` is how the distributed optimizer's state was laid out, None for the plain optimizer.
     """
-    scan_directory(step_folder)
-    try:
-        state, missing_here, missing_there = dist_checkpointing.load(
-            model.sharded_state_dict(), str(step_folder), strict=StrictHandling.RETURN_ALL
-        )
-    except CheckpointingException as error:
-        raise CheckpointError(f"{step_folder} does not fit its config.json: {error}") from error
-    problems = [f"{key} is not in the checkpoint" for key in sorted(missing_there) if "_extra_state" not in key]
-    problems += [f"{key} has no place in the model" for key in sorted(missing_here) if not _expected_extra(key)]
-    raise_all(CheckpointError, str(step_folder), problems)
-    # Keys were compared above; what may be absent here is only `_extra_state`.
-    model.load_state_dict({name: value for name, value in state.items() if torch.is_tensor(value)}, strict=False)
+
+    folder: Path
+    position: Position
+    tensor: int
+    pipeline: int
+    data: int
+    precision: str
+    sharding: str | None
 
 
-def _expected_extra(key: str) -> bool:
-    return "_extra_state" in key or key.startswith(NOT_THE_MODEL)
+@dataclass(frozen=True)
+class RunState:
+    """What is saved and restored of a run on this rank."""
+
+    model: PaddedVocabularyGPT
+    optimizer: MegatronOptimizer
+    layout: Layout
+    precision: str
+    sharding: str | None
 
 
-def save_step(
-    folder: Path,
-    step: int,
-    *,
-    model: PaddedVocabularyGPT,
-    optimizer: MegatronOptimizer,
-    distributed: bool,
-    keep_last: int,
-) -> Path:
-    """Write `folder/iter_NNNNNNN` with model and optimizer, then let go of steps older than `keep_last`.
+def save_step(folder: Path, state: RunState, position: Position, *, keep_last: int) -> Path:
+    """Write `folder/iter_NNNNNNN`, look at it again, then let go of steps older than `keep_last`.
 
-    All ranks call it; the folder appears under its name only when every byte is on disk.
+    All ranks call it; the step appears under its name only when every byte is on disk.
     """
-    target = folder / f"iter_{step:07d}"
+    target = folder / f"iter_{position.step:07d}"
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             stack.enter_context(publish_directory(target))
         torch.distributed.barrier()
-        sharding = {"distrib_optim_sharding_type": "dp_reshardable"} if distributed else {}
-        state: dict[str, Any] = dict(model.sharded_state_dict())
-        state["optimizer"] = optimizer.sharded_state_dict(model.sharded_state_dict(), metadata=sharding)
-        _exact_vocabulary(state, model.real_vocab_size)
-        state["iteration"] = step
-        dist_checkpointing.save(state, str(temporary_of(target)), content_metadata=sharding)
-        torch.distributed.barrier()
+        temporary = temporary_of(target)
+        dist_checkpointing.save(_sharded_state(state), str(temporary))
+        torch.distributed.barrier()  # rank 0 has written the metadata
+        hashes = gather({path.name: _describe(path) for path in _share(temporary)})
+        if rank() == 0:
+            files = {name: described for share in hashes for name, described in share.items()}
+            (temporary / MANIFEST).write_text(json.dumps(_manifest(state, position, files), indent=1))
     if rank() == 0:
-        write_text(folder / TRACKER, str(step))
+        check_step(target, contents=False)
+        write_text(folder / TRACKER, str(position.step))
         for old in sorted(folder.glob("iter_*"))[:-keep_last]:
             shutil.rmtree(old)
     torch.distributed.barrier()
     return target
+
+
+def check_step(folder: Path, *, contents: bool) -> Saved:
+    """Hold a step folder against its manifest and return what it says; raise CheckpointError when it is damaged.
+
+    Sizes and metadata always; the hashes of all files with `contents`.
+    """
+    try:
+        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if manifest["version"] > FORMAT_VERSION:
+            raise CheckpointError(f"{folder} was written by a newer Temper ({manifest['temper']}); use that one")
+        for name, described in manifest["files"].items():
+            if _describe(folder / name, contents=contents) != (described if contents else described[:1]):
+                raise CheckpointError(f"{folder / name} is not what was saved: truncated or changed")
+        fields = {name: manifest[name] for name in ("tensor", "pipeline", "data", "precision", "sharding")}
+        saved = Saved(folder, Position(**manifest["position"]), **fields)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        if isinstance(error, TemperError):
+            raise
+        raise CheckpointError(f"{folder} is no complete step: {error}") from error
+    read_metadata(folder)
+    return saved
+
+
+def newest_step(folder: Path) -> tuple[Saved | None, list[str]]:
+    """Return the newest undamaged step of `folder`, and a sentence for each newer one that is damaged.
+
+    The folders decide; the tracker file is for other tools.
+    """
+    remarks: list[str] = []
+    for candidate in sorted(folder.glob("iter_*"), reverse=True):
+        try:
+            return check_step(candidate, contents=True), remarks
+        except CheckpointError as error:
+            remarks.append(f"{error}; it is ignored")
+    return None, remarks
+
+
+def require_loadable(saved: Saved, layout: Layout, *, precision: str, sharding: str | None) -> None:
+    """Raise UsageError when the saved optimizer cannot go on in this layout."""
+    then, now = (saved.tensor, saved.pipeline), (layout.tensor, layout.pipeline)
+    if saved.precision != precision:
+        raise UsageError(f"{saved.folder} was trained in {saved.precision}, not {precision}; a run keeps its precision")
+    if (saved.sharding is None) != (sharding is None):
+        was = "without" if saved.sharding is None else "with"
+        raise UsageError(f"{saved.folder} was saved {was} the distributed optimizer (DO); go on {was} it")
+    if then != now and saved.sharding == "dp_reshardable":
+        raise UsageError(
+            f"{saved.folder} was saved at TP={then[0]} PP={then[1]}, this is TP={now[0]} PP={now[1]}: its optimizer "
+            "state follows a change of DP only. Go on with that layout; a run started with --reshardable-optimizer "
+            "can change it"
+        )
+
+
+def load_step(saved: Saved, state: RunState) -> None:
+    """Put a saved step into model, optimizer and random states; all ranks call it."""
+    load_mcore(state.model, saved.folder)  # scans the folder first
+    restore_optimizer(state.optimizer, state.model, saved.folder, sharding=saved.sharding)
+    then = (saved.tensor, saved.pipeline, saved.data)
+    if then == (state.layout.tensor, state.layout.pipeline, state.layout.data):
+        loaded = dist_checkpointing.load({"rng_state": _random_states(state.layout)}, str(saved.folder))
+        _set_random_states(loaded["rng_state"])
+
+
+def _sharded_state(state: RunState) -> dict[str, Any]:
+    whole: dict[str, Any] = dict(state.model.sharded_state_dict())
+    whole["optimizer"] = optimizer_state(state.optimizer, state.model, sharding=state.sharding)
+    whole["rng_state"] = _random_states(state.layout)
+    _exact_vocabulary(whole, state.model.real_vocab_size)
+    return whole
 
 
 def _exact_vocabulary(state: dict[str, Any], rows: int) -> None:
@@ -130,3 +184,54 @@ def _exact_vocabulary(state: dict[str, Any], rows: int) -> None:
             global_shape=(rows, *tensor.global_shape[1:]),
             axis_fragmentations=None,  # uneven: the last rank holds fewer rows
         )
+
+
+def _random_states(layout: Layout) -> ShardedObject:
+    states = {"torch": torch.get_rng_state(), "tracker": get_cuda_rng_tracker().get_states()}
+    if torch.cuda.is_available():
+        states["cuda"] = torch.cuda.get_rng_state()
+    place = (
+        parallel_state.get_tensor_model_parallel_rank(),
+        parallel_state.get_pipeline_model_parallel_rank(),
+        parallel_state.get_data_parallel_rank(),
+    )
+    return ShardedObject("rng_state", states, (layout.tensor, layout.pipeline, layout.data), place)
+
+
+def _set_random_states(states: dict[str, Any]) -> None:
+    torch.set_rng_state(states["torch"])
+    get_cuda_rng_tracker().set_states(states["tracker"])
+    if "cuda" in states:
+        torch.cuda.set_rng_state(states["cuda"])
+
+
+def _share(folder: Path) -> list[Path]:
+    """Return the files of `folder` that this rank looks after."""
+    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
+    return files[rank() :: torch.distributed.get_world_size()]
+
+
+def _describe(path: Path, *, contents: bool = True) -> list[Any]:
+    """Return [size] of a file, or [size, sha256]."""
+    size = os.path.getsize(path)
+    if not contents:
+        return [size]
+    with open(path, "rb") as file:
+        return [size, hashlib.file_digest(file, "sha256").hexdigest()]
+
+
+def _manifest(state: RunState, position: Position, files: dict[str, list[Any]]) -> dict[str, Any]:
+    from importlib.metadata import version
+
+    layout = state.layout
+    return {
+        "version": FORMAT_VERSION,
+        "temper": version("temper-mcore"),
+        "position": asdict(position),
+        "tensor": layout.tensor,
+        "pipeline": layout.pipeline,
+        "data": layout.data,
+        "precision": state.precision,
+        "sharding": state.sharding,
+        "files": files,
+    }

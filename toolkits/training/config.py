@@ -55,6 +55,18 @@ class LayoutSettings:
     pipeline_parallel: int = setting("Pipeline stages.", 1, at_least=1)
     sequence_parallel: bool = setting("Split activations between tensor-parallel ranks outside the matrices too.", True)
     distributed_optimizer: bool = setting("Shard the optimizer's state over data-parallel ranks (ZeRO-1).", True)
+    reshardable_optimizer: bool = setting(
+        "Save the sharded optimizer so that TP and PP can change later; takes 12 bytes a weight of a rank's share"
+        " in CPU memory.",
+        False,
+    )
+
+    @property
+    def optimizer_sharding(self) -> str | None:
+        """megatron-core's name for how the distributed optimizer is saved; None for the plain optimizer."""
+        if not self.distributed_optimizer:
+            return None
+        return "fully_reshardable" if self.reshardable_optimizer else "dp_reshardable"
 
 
 @dataclass(frozen=True)
@@ -95,6 +107,10 @@ class OutputSettings:
     keep_last: int = setting("Checkpoints kept; older ones go when a newer one is complete.", 2, at_least=1)
     eval_interval: int = setting("Steps between two validations; 0: with every checkpoint.", 0, at_least=0)
     export_hf: bool = setting("Write a HuggingFace checkpoint at the end.", False)
+    resume: bool = setting("Go on from the newest complete step of --output; off: refuse a used one.", True)
+    data_restart: bool = setting(
+        "When going on, let data, --seq-len and packing change and read the data from its beginning.", False
+    )
 
 
 @dataclass(frozen=True)

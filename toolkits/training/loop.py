@@ -15,7 +15,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from ..foundation.errors import InterruptedRun, NumericsError
 from ..launch.rank import stop_requested
 from .batches import Batches, MicroBatch, row_length
-from .checkpointing import save_step
+from .checkpointing import Position, RunState, save_step
 from .config import TrainConfig
 from .layout import Layout
 from .optimizer import learning_rate, set_learning_rate
@@ -38,6 +38,22 @@ class Training:
     validation: Batches
     reporter: Reporter
     checkpoints: Path
+    start: Position
+
+    @property
+    def state(self) -> RunState:
+        """What is saved of the run on this rank."""
+        return RunState(
+            unwrapped(self.model),
+            self.optimizer,
+            self.layout,
+            self.config.batch.precision,
+            self.config.layout.optimizer_sharding,
+        )
+
+    def consumed(self, index: int) -> int:
+        """Return the rows that the run has consumed before step `index`."""
+        return self.start.rows + (index - self.start.step) * self.config.batch.global_batch_size
 
 
 def train(run: Training) -> Path:
@@ -49,7 +65,7 @@ def train(run: Training) -> Path:
     run.model.config.finalize_model_grads_func = finalize_model_grads
     run.model.config.grad_scale_func = run.optimizer.scale_loss
     saved = run.checkpoints
-    for index in range(run.steps):
+    for index in range(run.start.step, run.steps):
         figures, stop = train_step(run, index)
         run.reporter.step(figures)
         last = figures.step == run.steps
@@ -60,7 +76,9 @@ def train(run: Training) -> Path:
         if save_due:
             saved = _save(run, figures.step)
         if stop and not last:
-            raise InterruptedRun(f"stopped after step {figures.step} of {run.steps}, saved as {saved}")
+            raise InterruptedRun(
+                f"stopped after step {figures.step} of {run.steps}, saved as {saved}; the same line goes on from there"
+            )
     return saved
 
 
@@ -73,12 +91,12 @@ def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
     set_learning_rate(run.optimizer, rate)
     run.model.zero_grad_buffer()
     run.optimizer.zero_grad()
-    loss, trained, stop = _forward_backward(run, run.batches.step(index), forward_only=False)
+    loss, trained, stop = _forward_backward(run, run.batches.step(run.consumed(index)), forward_only=False)
     _require_finite("loss", loss, run, index)
     _, grad_norm, _ = run.optimizer.step()
     _require_finite("gradient norm", grad_norm, run, index)
     rows = run.batches.rows.rows
-    tokens = sum(sample.length for number in run.batches.row_numbers(index) for sample in rows[number])
+    tokens = sum(sample.length for number in run.batches.row_numbers(run.consumed(index)) for sample in rows[number])
     figures = StepFigures(index + 1, loss, rate, float(grad_norm), tokens, trained, time.monotonic() - started)
     return figures, stop
 
@@ -118,7 +136,7 @@ def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_o
 def _require_finite(what: str, value: float, run: Training, index: int) -> None:
     if math.isfinite(value):
         return
-    rows = ", ".join(map(str, run.batches.row_numbers(index)))
+    rows = ", ".join(map(str, run.batches.row_numbers(run.consumed(index))))
     steps = sorted(run.checkpoints.glob("iter_*"))
     good = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
     raise NumericsError(
@@ -128,14 +146,8 @@ def _require_finite(what: str, value: float, run: Training, index: int) -> None:
 
 
 def _save(run: Training, step: int) -> Path:
-    saved = save_step(
-        run.checkpoints,
-        step,
-        model=unwrapped(run.model),
-        optimizer=run.optimizer,
-        distributed=run.config.layout.distributed_optimizer,
-        keep_last=run.config.output.keep_last,
-    )
+    position = Position(step, run.consumed(step))
+    saved = save_step(run.checkpoints, run.state, position, keep_last=run.config.output.keep_last)
     run.reporter.draw()
     run.reporter.say(f"saved {saved}")
     return saved

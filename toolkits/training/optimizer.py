@@ -1,12 +1,16 @@
 """AdamW as megatron-core shards it, and the learning rate of each step."""
 
 import math
+from pathlib import Path
+from typing import Any
 
+import torch
+from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from .config import TrainConfig
-from .parallel.model import DTYPES
+from .parallel.model import DTYPES, PaddedVocabularyGPT
 
 
 def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> MegatronOptimizer:
@@ -32,6 +36,55 @@ def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Mega
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     return optimizer
+
+
+def optimizer_state(
+    optimizer: MegatronOptimizer, model: PaddedVocabularyGPT, *, sharding: str | None, is_loading: bool = False
+) -> dict[str, Any]:
+    """Return the sharded state of `optimizer`; `sharding` lays out the distributed one, None is the plain one."""
+    metadata = {"distrib_optim_sharding_type": sharding} if sharding else {}
+    return optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=is_loading, metadata=metadata)
+
+
+def restore_optimizer(
+    optimizer: MegatronOptimizer, model: PaddedVocabularyGPT, step_folder: Path, *, sharding: str | None
+) -> None:
+    """Load the state that `optimizer_state` described from a step folder; all ranks call it.
+
+    megatron-core 0.16.1 by itself loads the moments of the distributed optimizer, without Transformer
+    Engine or Apex, with a step count of zero.
+    """
+    inner = getattr(optimizer, "chained_optimizers", [optimizer])
+    for one in inner:
+        _allocate_moments(one.optimizer)
+    wanted = optimizer_state(optimizer, model, sharding=sharding, is_loading=True)
+    loaded = dist_checkpointing.load({"optimizer": wanted}, str(step_folder))["optimizer"]
+    for number, one in enumerate(inner):
+        state = loaded if len(inner) == 1 else loaded[number]
+        moments, how = state.pop("param_state", None), state.pop("param_state_sharding_type", None)
+        one.load_state_dict(state)
+        if how is not None:
+            _load_moments(one, moments, how)
+
+
+def _allocate_moments(inner: torch.optim.Optimizer) -> None:
+    # torch's AdamW has no state before its first step, so there would be nothing to load into.
+    for group in inner.param_groups:
+        for weight in group["params"]:
+            inner.state[weight] = {
+                "step": torch.tensor(0.0),
+                "exp_avg": torch.zeros_like(weight),
+                "exp_avg_sq": torch.zeros_like(weight),
+            }
+
+
+def _load_moments(optimizer: MegatronOptimizer, moments: Any, sharding: str) -> None:
+    states = list(optimizer.optimizer.state.values())
+    steps = [state.pop("step") for state in states]  # the loader below takes every entry for a moment
+    with torch.no_grad():
+        getattr(optimizer, f"load_parameter_state_from_{sharding}")(moments)
+    for state, step in zip(optimizer.optimizer.state.values(), steps, strict=True):
+        state["step"] = step.clone()  # loading left all weights one shared counter
 
 
 def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: float) -> float:

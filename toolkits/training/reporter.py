@@ -1,6 +1,8 @@
 """What a run says: one line a step on the screen and in the log, TensorBoard, and a picture of the loss."""
 
 import contextlib
+import dataclasses
+import json
 import resource
 import time
 import traceback
@@ -13,8 +15,10 @@ import torch
 
 from ..foundation.errors import InterruptedRun
 from ..foundation.progress import clock, human_bytes
+from ..foundation.publish import write_text
 
 LOSS_PICTURE = "loss.png"
+METRICS = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -34,15 +38,18 @@ class StepFigures:
 class Reporter:
     """Writes for rank 0; the other ranks only note what goes wrong.
 
-    `log` is shared by all ranks, so that the one that fails can leave its traceback there.
+    `log` is shared by all ranks, so that the one that fails can leave its traceback there. `history` has
+    the steps of this start, `losses` and `validation` are (step, loss) of the whole run.
     """
 
     steps: int
     log: Path
     tensorboard: Path
-    picture: Path
+    folder: Path  # of the run: metrics.jsonl and loss.png
     active: bool
+    first_step: int = 0  # steps that were taken by earlier starts of this run
     history: list[StepFigures] = field(default_factory=list)
+    losses: list[tuple[int, float]] = field(default_factory=list)
     validation: list[tuple[int, float]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -54,6 +61,7 @@ class Reporter:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.log, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
             self._board = SummaryWriter(str(self.tensorboard))
+            self._recall()
 
     def say(self, text: str) -> None:
         """Print a line to the screen and the log."""
@@ -66,6 +74,8 @@ class Reporter:
         self.history.append(figures)
         if not self.active:
             return
+        self.losses.append((figures.step, figures.loss))
+        self._note(dataclasses.asdict(figures))
         rate = figures.tokens / figures.seconds
         left = (time.monotonic() - self._started) / len(self.history) * (self.steps - figures.step)
         self.say(
@@ -89,6 +99,7 @@ class Reporter:
         """Report a validation pass after `step`."""
         if self.active:
             self.validation.append((step, loss))
+            self._note({"step": step, "validation_loss": loss, "trained_tokens": tokens})
             self.say(f"validation after step {step} | loss {loss:.6f} | trained tokens {tokens:,}")
             self._board.add_scalar("validation/loss", loss, step)
 
@@ -96,7 +107,29 @@ class Reporter:
         """Write the picture of all losses so far."""
         if self.active:
             self._board.flush()
-            draw_losses(self.picture, [(f.step, f.loss) for f in self.history], self.validation)
+            draw_losses(self.folder / LOSS_PICTURE, self.losses, self.validation)
+
+    def _recall(self) -> None:
+        """Read the figures of earlier starts back, and forget those of steps that are taken again."""
+        path = self.folder / METRICS
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
+        kept = []
+        for line in lines:
+            if not line.endswith("\n"):  # cut short when an earlier start was killed
+                continue
+            figures = json.loads(line)
+            if figures["step"] > self.first_step:
+                continue
+            kept.append(line)
+            if "validation_loss" in figures:
+                self.validation.append((figures["step"], figures["validation_loss"]))
+            else:
+                self.losses.append((figures["step"], figures["loss"]))
+        write_text(path, "".join(kept))
+
+    def _note(self, figures: dict[str, float]) -> None:
+        with open(self.folder / METRICS, "a", encoding="utf-8") as file:
+            file.write(json.dumps(figures) + "\n")
 
     @contextlib.contextmanager
     def noting_failure(self) -> Iterator[None]:

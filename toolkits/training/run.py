@@ -1,161 +1,188 @@
-"""A training run as a straight line: settings, sources, ranks, model, weights, optimizer, loop, export."""
+"""A training run as a straight line: settings, sources, folder, ranks, model, weights, optimizer, loop, export."""
 
 import contextlib
 import math
 import os
 import time
-from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
 import torch
 
-from conversion.hf_checkpoint import copy_sidecar_files
-
-from ..foundation.errors import UsageError
-from ..foundation.lock import locked
 from ..foundation.publish import require_space
 from .batches import Batches, Rows
-from .checkpointing import load_huggingface, load_mcore
+from .checkpointing import Position, RunState, Saved, load_step, newest_step, require_loadable
 from .config import TrainConfig
 from .layout import Layout, layout_of
 from .loop import Training, train
 from .optimizer import build_optimizer
 from .parallel.model import build_model, wrap
-from .parallel.world import process_groups, rank, sum_over_ranks
-from .reporter import LOSS_PICTURE, Reporter, StepFigures
+from .parallel.world import gather, process_groups, rank
+from .reporter import Reporter, StepFigures
+from .run_folder import claimed
 from .sources import DataSource, ModelSource, find_data, find_model
+from .weights import load_huggingface, load_mcore
 
 BYTES_OF_OPTIMIZER = 12  # a parameter: fp32 master weight and two fp32 moments
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a start will do, known before any weight is allocated."""
+
+    config: TrainConfig
+    source: ModelSource
+    data: DataSource
+    layout: Layout
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's steps go."""
+        return self.config.output.output / "checkpoint" / self.config.output.name
+
+    @property
+    def steps(self) -> int:
+        """The optimizer steps: --train-iters, or as many as --epochs take."""
+        batch = self.config.batch
+        return batch.train_iters or math.ceil(batch.epochs * len(self.data.training) / batch.global_batch_size)
+
+
 def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
-    """Train as `config` says and return the figures of every step.
+    """Train as `config` says and return the figures of every step taken.
 
     Every rank calls it, with torchrun's variables in the environment.
     """
     config.check()
     source = find_model(config.model)
     layout = layout_of(config, source.settings, int(os.environ["WORLD_SIZE"]))
-    data = find_data(config.data, source)
-    checkpoints = config.output.output / "checkpoint" / config.output.name
-    with _output_folder(checkpoints, source), process_groups(layout, seed=config.data.seed):
-        reporter = _reporter(config, checkpoints, steps_of(config, data.training))
+    plan = Plan(config, source, find_data(config.data, source), layout)
+    plan.data.require_one_step(config.batch.global_batch_size)
+    with contextlib.ExitStack() as stack:
+        remarks = stack.enter_context(claimed(plan.folder, config, source)) if os.environ["RANK"] == "0" else []
+        stack.enter_context(process_groups(layout, seed=config.data.seed))
+        resumed, reporter = _open(plan, remarks)
         with reporter.noting_failure():
-            training = _set_up(config, objective, layout, (source, data), reporter, checkpoints)
-            saved = train(training)
-    if config.output.export_hf and int(os.environ["RANK"]) == 0:
-        _export(config, saved, reporter)
-    reporter.say(f"done: {saved}")
+            last = _train(plan, objective, resumed, reporter)
+    if config.output.export_hf and os.environ["RANK"] == "0":
+        _export(config, last, reporter)
+    reporter.say(f"done: {last}")
     return reporter.history
 
 
-def steps_of(config: TrainConfig, rows: Rows) -> int:
-    """Return the optimizer steps: --train-iters, or as many as --epochs take."""
-    batch = config.batch
-    return batch.train_iters or math.ceil(batch.epochs * len(rows) / batch.global_batch_size)
+def _open(plan: Plan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
+    """Find where the run goes on, and open its log; rank 0 looks and tells the others."""
+    found, damaged = newest_step(plan.folder) if rank() == 0 else (None, [])
+    found, started = gather((found, time.time()))[0]
+    stamp = f"{plan.config.output.name}_{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
+    out = plan.config.output.output
+    reporter = Reporter(
+        steps=plan.steps,
+        log=out / "log" / f"{stamp}.log",
+        tensorboard=out / "tensorboard" / stamp,
+        folder=plan.folder,
+        active=rank() == 0,
+        first_step=found.position.step if found else 0,
+    )
+    for remark in (*remarks, *damaged, *plan.data.remarks):
+        reporter.say(remark)
+    return found, reporter
 
 
-def _set_up(
-    config: TrainConfig,
-    objective: ModuleType,
-    layout: Layout,
-    sources: tuple[ModelSource, DataSource],
-    reporter: Reporter,
-    checkpoints: Path,
-) -> Training:
+def _train(plan: Plan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Path:
+    """Train what remains to be trained; return the last step's folder."""
+    if resumed is not None and resumed.position.step >= plan.steps:
+        reporter.say(f"all {plan.steps} steps are done")
+        return resumed.folder
+    _introduce(plan, resumed, reporter)
+    return train(_set_up(plan, objective, resumed, reporter))
+
+
+def _set_up(plan: Plan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Training:
     from megatron.core import parallel_state
 
-    source, data = sources
-    _introduce(config, layout, data, reporter)
-    replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
-    batches = Batches(data.training, config.batch, layout, replica=replica, seed=seed)
-    batches.require_one_step()
+    config, source, layout = plan.config, plan.source, plan.layout
+    precision, sharding = config.batch.precision, config.layout.optimizer_sharding
+    if resumed is not None:
+        require_loadable(resumed, layout, precision=precision, sharding=sharding)
+    _require_space(plan)
     model = build_model(
         source.settings,
         layout,
-        precision=config.batch.precision,
+        precision=precision,
         flash_attention=config.batch.flash_attention,
         initialize=config.model.checkpoint == "none",
     )
-    _require_space(config, source, checkpoints)
-    if source.hf_weights is not None:
+    if resumed is None and source.hf_weights is not None:
         load_huggingface(model, source.hf_weights)
-    elif source.mcore_weights is not None:
+    elif resumed is None and source.mcore_weights is not None:
         load_mcore(model, source.mcore_weights)
     wrapped = wrap(model, distributed_optimizer=config.layout.distributed_optimizer)
+    optimizer = build_optimizer(config, wrapped)
+    if resumed is not None:
+        load_step(resumed, RunState(model, optimizer, layout, precision, sharding))
+    replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
     return Training(
         config=config,
         layout=layout,
-        steps=reporter.steps,
+        steps=plan.steps,
         objective=objective,
         model=wrapped,
-        optimizer=build_optimizer(config, wrapped),
-        batches=batches,
-        validation=Batches(data.validation, config.batch, layout, replica=replica, seed=seed),
+        optimizer=optimizer,
+        batches=Batches(plan.data.training, config.batch, layout, replica=replica, seed=seed),
+        validation=Batches(plan.data.validation, config.batch, layout, replica=replica, seed=seed),
         reporter=reporter,
-        checkpoints=checkpoints,
+        checkpoints=plan.folder,
+        start=_start(resumed, config),
     )
 
 
-@contextlib.contextmanager
-def _output_folder(checkpoints: Path, source: ModelSource) -> Iterator[None]:
-    """Rank 0 claims the run's folder while it trains, and puts config and tokenizer where an export finds them."""
-    if int(os.environ["RANK"]) != 0:
-        yield
-        return
-    with locked(checkpoints.with_name(f".lock-{checkpoints.name}"), what=str(checkpoints)):
-        if any(checkpoints.glob("iter_*")):
-            raise UsageError(
-                f"{checkpoints} holds a run already, and continuing one is not built yet; "
-                "choose another OUTPUT_BASEPATH"
-            )
-        (checkpoints / "hf").mkdir(parents=True, exist_ok=True)
-        copy_sidecar_files(source.hf_files, checkpoints / "hf")
-        yield
+def _start(resumed: Saved | None, config: TrainConfig) -> Position:
+    if resumed is None:
+        return Position()
+    return Position(resumed.position.step, 0 if config.output.data_restart else resumed.position.rows)
 
 
-def _reporter(config: TrainConfig, checkpoints: Path, steps: int) -> Reporter:
-    # One clock for all ranks, so that they share the log.
-    started = sum_over_ranks([time.time() if rank() == 0 else 0.0])[0]
-    stamp = f"{config.output.name}_{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
-    out = config.output.output
-    return Reporter(
-        steps=steps,
-        log=out / "log" / f"{stamp}.log",
-        tensorboard=out / "tensorboard" / stamp,
-        picture=checkpoints / LOSS_PICTURE,
-        active=rank() == 0,
-    )
-
-
-def _introduce(config: TrainConfig, layout: Layout, data: DataSource, reporter: Reporter) -> None:
-    for remark in data.remarks:
-        reporter.say(remark)
+def _introduce(plan: Plan, resumed: Saved | None, reporter: Reporter) -> None:
+    config, layout, rows = plan.config, plan.layout, plan.data.training
     if config.layout.sequence_parallel and not layout.sequence:
         reporter.say("sequence parallelism needs TP > 1: it is off")
-    rows, tokens = data.training.rows, sum(sample.length for row in data.training.rows for sample in row)
-    fill = tokens / (len(rows) * config.data.seq_len)
-    reporter.say(
-        f"{sum(map(len, rows)):,} conversations, {tokens:,} tokens in {len(rows):,} rows of {config.data.seq_len} "
-        f"({fill:.1%} full); validation: {len(data.validation):,} rows"
-    )
+    reporter.say(f"{_amount(rows)}; validation: {len(plan.data.validation):,} rows")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reporter.say(
-        f"{reporter.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
+        f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
         f"TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}, {config.batch.precision}"
+    )
+    if resumed is None:
+        return
+    then, now = (f"TP{each.tensor} PP{each.pipeline} DP{each.data}" for each in (resumed, layout))
+    changed = "" if then == now else f"layout {then} -> {now}: optimizer resharded, "
+    start = _start(resumed, config)
+    reporter.say(f"going on from {resumed.folder}: {changed}step {start.step + 1}, data from row {start.rows:,}")
+
+
+def _amount(rows: Rows) -> str:
+    tokens = sum(sample.length for row in rows.rows for sample in row)
+    fill = tokens / (len(rows) * rows.seq_len)
+    return (
+        f"{sum(map(len, rows.rows)):,} conversations, {tokens:,} tokens in {len(rows):,} rows of {rows.seq_len} "
+        f"({fill:.1%} full)"
     )
 
 
-def _require_space(config: TrainConfig, source: ModelSource, checkpoints: Path) -> None:
-    weights = 2 if config.batch.precision == "bf16" else 4
-    # The newest checkpoint is complete before the oldest goes.
-    require_space(checkpoints, (config.output.keep_last + 1) * source.num_parameters * (weights + BYTES_OF_OPTIMIZER))
+def _require_space(plan: Plan) -> None:
+    weights = 2 if plan.config.batch.precision == "bf16" else 4
+    # The newest checkpoint is complete before the oldest goes; those of an earlier start are there already.
+    to_write = plan.config.output.keep_last + 1 - len(list(plan.folder.glob("iter_*")))
+    require_space(plan.folder, max(1, to_write) * plan.source.num_parameters * (weights + BYTES_OF_OPTIMIZER))
 
 
 def _export(config: TrainConfig, saved: Path, reporter: Reporter) -> None:
     from conversion.mcore_to_hf import convert
 
     target = config.output.output / "huggingface" / config.output.name
-    convert(saved, target)
+    if target.exists() and not reporter.history:
+        reporter.say(f"{target} is there already")
+        return
+    convert(saved, target, overwrite=True)  # of an earlier start of this run
     reporter.say(f"exported {target}")

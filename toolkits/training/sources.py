@@ -41,6 +41,15 @@ class DataSource:
     validation: Rows
     remarks: list[str]
 
+    def require_one_step(self, global_batch_size: int) -> None:
+        """Raise DataError when the training rows do not fill one global batch."""
+        rows = self.training
+        if len(rows) < global_batch_size:
+            raise DataError(
+                f"{rows.dataset.path}: {len(rows)} rows of {rows.seq_len} tokens are fewer than one global batch of "
+                f"{global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, or MP_SFT_PACKING=false"
+            )
+
 
 def find_model(model: ModelSettings) -> ModelSource:
     """Locate config, tokenizer and weights; raise CheckpointError or UsageError when the model cannot be trained."""

@@ -4,6 +4,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import torch.distributed
@@ -56,6 +57,13 @@ def sum_over_ranks(values: list[float]) -> list[float]:
     tensor = torch.tensor(values, dtype=torch.float64, device=torch.cuda.current_device())
     torch.distributed.all_reduce(tensor)
     return tensor.tolist()
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the small `value` of every rank, in the order of ranks."""
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values
 
 
 def speaks_for_replica() -> bool:

@@ -1,0 +1,282 @@
+"""A run that was interrupted goes on as if it had not been: the same bits, or a refusal that says why."""
+
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+
+import pytest
+from training_world import ROOT, flags, run_cases, write_dataset, write_model
+
+from conversion.verify import verify
+from toolkits.foundation.errors import CheckpointError, UsageError
+from toolkits.training.checkpointing import Position, Saved, check_step, newest_step, require_loadable
+from toolkits.training.config import TrainConfig
+from toolkits.training.layout import Layout
+from toolkits.training.run_folder import claimed
+from toolkits.training.sources import find_model
+
+STEPS, HALF = 8, 4
+LAST = f"iter_{STEPS:07d}"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("resume")
+    model = write_model(folder / "model")
+    return {"model": model, "data": write_dataset(folder / "data", model, rows=60)}
+
+
+def settings(inputs, output, **changes):
+    return {
+        "checkpoint": inputs["model"],
+        "data": inputs["data"],
+        "output": output,
+        "seq_len": 129,
+        "micro_batch_size": 2,
+        "global_batch_size": 8,  # 21 rows: the interruption falls into the second epoch
+        "train_iters": STEPS,
+        "save_interval": HALF,
+        "warmup_iters": 2,
+        "lr": 1e-3,
+        "min_lr": 1e-4,
+        "precision": "fp32",
+    } | changes
+
+
+CASES = {
+    "tp2-bf16": {"tensor_parallel": 2, "precision": "bf16"},
+    "tp2-plain": {"tensor_parallel": 2, "distributed_optimizer": False},
+    "pp2": {"pipeline_parallel": 2},
+    "dp2-bf16": {"precision": "bf16"},
+    "dp2": {},
+    "tp2-reshardable": {"tensor_parallel": 2, "reshardable_optimizer": True},
+}
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, tmp_path_factory):
+    """Uninterrupted runs on two ranks: (folder, histories)."""
+    folder = tmp_path_factory.mktemp("whole")
+    cases = {name: flags(**settings(inputs, folder / name, **changes)) for name, changes in CASES.items()}
+    return folder, run_cases(folder / "world", 2, cases)
+
+
+def interrupted(folder, name, target):
+    """Copy a run as it was after HALF of its steps."""
+    shutil.copytree(folder / name, target)
+    shutil.rmtree(target / "checkpoint" / "sft" / LAST)
+    return target
+
+
+@pytest.fixture(scope="module")
+def resumed(inputs, whole, tmp_path_factory):
+    """The same runs, interrupted and gone on with in new processes; also in other layouts."""
+    folder, target = whole[0], tmp_path_factory.mktemp("resumed")
+    outs = {name: interrupted(folder, name, target / name) for name in CASES}
+    cases = {name: flags(**settings(inputs, outs[name], **CASES[name])) for name in CASES}
+    other = interrupted(folder, "tp2-reshardable", target / "tp2-to-pp2")
+    cases["tp2-to-pp2"] = flags(**settings(inputs, other, pipeline_parallel=2, reshardable_optimizer=True))
+    histories = run_cases(target / "two", 2, cases)
+    alone = {
+        "dp2-to-dp1": settings(inputs, interrupted(folder, "dp2", target / "dp2-to-dp1")),
+        "tp2-to-tp1": settings(inputs, interrupted(folder, "tp2-reshardable", target / "tp2-to-tp1")),
+    }
+    histories |= run_cases(target / "one", 1, {name: flags(**each) for name, each in alone.items()})
+    return target, histories
+
+
+def figures(history):
+    return [(step["step"], step["loss"], step["grad_norm"], step["learning_rate"]) for step in history]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_same_layout_goes_on_bit_for_bit(whole, resumed, name):
+    assert figures(resumed[1][name]) == figures(whole[1][name])[HALF:]
+    verify(*(folder / name / "checkpoint" / "sft" for folder in (whole[0], resumed[0])))
+
+
+@pytest.mark.parametrize(
+    ("name", "origin"), [("dp2-to-dp1", "dp2"), ("tp2-to-pp2", "tp2-reshardable"), ("tp2-to-tp1", "tp2-reshardable")]
+)
+def test_another_layout_goes_on_with_the_same_losses(whole, resumed, name, origin):
+    losses = [step["loss"] for step in resumed[1][name]]
+    assert losses == pytest.approx([step["loss"] for step in whole[1][origin]][HALF:], abs=1e-4)
+    (log,) = [path for path in (resumed[0] / name / "log").iterdir() if "going on from" in path.read_text()]
+    assert re.search(
+        r"layout TP\d PP\d DP\d -> TP\d PP\d DP\d: optimizer resharded, step 5, data from row 32", log.read_text()
+    )
+
+
+def test_the_figures_of_all_starts_are_kept_once(resumed):
+    lines = (resumed[0] / "dp2" / "checkpoint" / "sft" / "metrics.jsonl").read_text().splitlines()
+    steps = [figures["step"] for figures in map(json.loads, lines) if "loss" in figures]
+    assert steps == list(range(1, STEPS + 1))
+
+
+def command(words, ranks=2):
+    return [sys.executable, "-m", "toolkits.cli", "train", "sft", *words, "--ranks", str(ranks)]
+
+
+def environment():
+    return os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def test_a_finished_run_says_so_and_ends_well(inputs, whole):
+    words = flags(**settings(inputs, whole[0] / "dp2"))
+    done = subprocess.run(command(words), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "all 8 steps are done" in done.stdout and "step 8/8 |" not in done.stdout
+
+
+def kill_and_restart(inputs, out, times, seed):
+    """Kill a two-rank run `times` times at random moments of its training, then let it finish."""
+    words, rng = flags(**settings(inputs, out, save_interval=1, train_iters=24)), random.Random(seed)
+    for _ in range(times):
+        process = subprocess.Popen(command(words), env=environment(), stdout=subprocess.PIPE, text=True)
+        steps_left = rng.randint(1, 3)
+        for line in process.stdout:
+            steps_left -= line.startswith("step ")
+            if not steps_left:
+                break
+        time.sleep(rng.uniform(0, 0.6))  # a step takes about half of that, its save a quarter
+        process.kill()  # the kernel takes its ranks along
+        process.communicate()
+    done = subprocess.run(command(words), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout or "steps are done" in done.stdout
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.full)])
+def test_a_run_survives_being_killed_at_any_moment(inputs, tmp_path, times):
+    subprocess.run(
+        command(flags(**settings(inputs, tmp_path / "whole", train_iters=24, save_interval=24))),
+        env=environment(),
+        check=True,
+        capture_output=True,
+    )
+    kill_and_restart(inputs, tmp_path / "killed", times, seed=times)
+    metrics = [
+        (tmp_path / name / "checkpoint" / "sft" / "metrics.jsonl").read_text().splitlines()
+        for name in ("whole", "killed")
+    ]
+    losses = [{f["step"]: f["loss"] for f in map(json.loads, lines) if "loss" in f} for lines in metrics]
+    assert losses[0] == losses[1]
+    verify(*(tmp_path / name / "checkpoint" / "sft" for name in ("whole", "killed")))
+
+
+def damaged(whole, tmp_path, damage):
+    """A copy of a run's folder whose newest step was damaged."""
+    copy = tmp_path / "sft"
+    shutil.copytree(whole[0] / "dp2" / "checkpoint" / "sft", copy)
+    damage(copy / LAST)
+    return copy
+
+
+def test_a_truncated_step_is_passed_over_and_said(whole, tmp_path):
+    copy = damaged(whole, tmp_path, lambda step: os.truncate(step / "__0_0.distcp", 100))
+    found, remarks = newest_step(copy)
+    assert found.position == Position(HALF, HALF * 8)
+    assert len(remarks) == 1 and re.search(r"__0_0.distcp is not what was saved.*ignored", remarks[0])
+
+
+def test_a_flipped_bit_is_found(whole, tmp_path):
+    def flip(step):
+        content = bytearray((step / "__1_0.distcp").read_bytes())
+        content[len(content) // 2] ^= 1
+        (step / "__1_0.distcp").write_bytes(content)
+
+    copy = damaged(whole, tmp_path, flip)
+    assert newest_step(copy)[0].position.step == HALF
+    assert check_step(copy / LAST, contents=False).position.step == STEPS, "sizes alone do not tell"
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"version": 1}', "[]"])
+def test_a_step_without_a_whole_manifest_is_no_step(whole, tmp_path, text):
+    copy = damaged(whole, tmp_path, lambda step: (step / "manifest.json").write_text(text))
+    assert newest_step(copy)[0].position.step == HALF
+
+
+def test_a_step_of_a_newer_version_is_named(whole, tmp_path):
+    def age(step):
+        manifest = json.loads((step / "manifest.json").read_text())
+        (step / "manifest.json").write_text(json.dumps(manifest | {"version": 99, "temper": "9.9"}))
+
+    with pytest.raises(CheckpointError, match=r"written by a newer Temper \(9.9\)"):
+        check_step(damaged(whole, tmp_path, age) / LAST, contents=True)
+
+
+def test_the_tracker_is_only_a_hint(whole, tmp_path):
+    copy = damaged(whole, tmp_path, lambda step: None)
+    (copy / "latest_checkpointed_iteration.txt").write_text("garbage")
+    assert newest_step(copy)[0].position.step == STEPS
+
+
+@pytest.mark.parametrize(
+    ("saved", "now", "message"),
+    [
+        ({"tensor": 2}, {}, r"TP=2 PP=1, this is TP=1 PP=1.*--reshardable-optimizer"),
+        ({"precision": "fp32"}, {}, r"was trained in fp32, not bf16"),
+        ({"sharding": None}, {}, r"saved without the distributed optimizer \(DO\); go on without it"),
+        ({}, {"sharding": None}, r"saved with the distributed optimizer \(DO\); go on with it"),
+    ],
+)
+def test_an_optimizer_that_cannot_follow_is_refused(tmp_path, saved, now, message):
+    then = {"tensor": 1, "pipeline": 1, "data": 2, "precision": "bf16", "sharding": "dp_reshardable"} | saved
+    start = {"precision": "bf16", "sharding": "dp_reshardable"} | now
+    with pytest.raises(UsageError, match=message):
+        require_loadable(Saved(tmp_path, Position(1, 1), **then), Layout(2, 1, 1, False, 1), **start)
+
+
+def claim(inputs, folder, **changes):
+    config = TrainConfig.from_values(settings(inputs, folder, **changes) | {"checkpoint": str(inputs["model"])})
+    with claimed(folder, config, find_model(config.model)) as remarks:
+        (folder / "iter_0000001").mkdir(exist_ok=True)
+        return remarks
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"seq_len": 64}, r"(?s)belongs to another run:\n  seq_len: 129 -> 64"),
+        ({"seed": 7, "packing": False}, r"(?s)packing: True -> False\n  seed: 1234 -> 7"),
+        ({"resume": False}, "--no-resume was said"),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_with_old_and_new(inputs, tmp_path, changes, message):
+    claim(inputs, tmp_path / "run")
+    with pytest.raises(UsageError, match=message):
+        claim(inputs, tmp_path / "run", **changes)
+
+
+def test_other_data_in_the_same_folder_is_refused_unless_its_restart_is_asked_for(inputs, tmp_path):
+    claim(inputs, tmp_path / "run")
+    other = write_dataset(tmp_path / "other", inputs["model"], rows=20, seed=9)
+    with pytest.raises(UsageError, match=r"(?s)data: \w{16} -> \w{16}.*--data-restart"):
+        claim(inputs, tmp_path / "run", data=other)
+    claim(inputs, tmp_path / "run", data=other, seq_len=64, data_restart=True)
+
+
+def test_a_changed_schedule_is_only_said(inputs, tmp_path):
+    assert claim(inputs, tmp_path / "run") == []
+    remarks = claim(inputs, tmp_path / "run", lr=2e-3, train_iters=12)
+    assert remarks == ["lr changes from 0.001 to 0.002", "train_iters changes from 8 to 12"]
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(inputs, tmp_path):
+    from toolkits.foundation.lock import locked
+
+    (tmp_path / "run").mkdir()
+    with locked(tmp_path / ".lock-run", what="x"), pytest.raises(UsageError, match=f"in use by pid {os.getpid()} on"):
+        claim(inputs, tmp_path / "run")
+
+
+def test_what_a_killed_writer_left_is_removed(inputs, tmp_path):
+    claim(inputs, tmp_path / "run")
+    (tmp_path / "run" / ".tmp-iter_0000002").mkdir()
+    claim(inputs, tmp_path / "run")
+    assert not (tmp_path / "run" / ".tmp-iter_0000002").exists()

@@ -1,0 +1,124 @@
+"""One output folder, one run: who may write into it, whether it is the same run, and where it goes on.
+
+checkpoint/NAME/fingerprint.json   what makes two starts the same run
+                hf/                config and tokenizer, for an export
+                iter_NNNNNNN/      the steps
+                metrics.jsonl      the figures of every step      loss.png
+"""
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from conversion.hf_checkpoint import copy_sidecar_files
+from data_preprocessing.chat import tokenizer_fingerprint
+from data_preprocessing.dataset import document_prefix
+
+from ..foundation.errors import UsageError
+from ..foundation.lock import locked
+from ..foundation.publish import publish_directory, remove_unfinished, write_text
+from .config import TrainConfig
+from .sources import ModelSource
+
+FINGERPRINT = "fingerprint.json"
+HEAD = 1 << 16  # bytes at the front of a weight file that tell it from another of the same size
+
+
+def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
+    """Return what a run is: `same` has to be equal for a start to go on with it, `schedule` may change."""
+    data = config.data
+    valid = data.valid_data or data.data
+    return {
+        "same": {
+            "model": _digest((source.hf_files / "config.json").read_bytes()),
+            "base checkpoint": _weights_fingerprint(source, data.seed),
+            "tokenizer": tokenizer_fingerprint(source.hf_files)[:16],
+            "data": _dataset_fingerprint(data.data),
+            "validation data": _dataset_fingerprint(valid),
+            "seq_len": data.seq_len,
+            "packing": data.packing,
+            "too_long": data.too_long,
+            "seed": data.seed,
+        },
+        "schedule": {
+            **asdict(config.optimizer),
+            "train_iters": config.batch.train_iters,
+            "epochs": config.batch.epochs,
+            "global_batch_size": config.batch.global_batch_size,
+        },
+    }
+
+
+@contextlib.contextmanager
+def claimed(folder: Path, config: TrainConfig, source: ModelSource) -> Iterator[list[str]]:
+    """Hold `folder` for this run while the block runs; yield what is worth saying about going on in it.
+
+    Only rank 0 calls it. Raises UsageError when another process holds the folder, when it belongs to
+    another run, or when it is used and the run must not be resumed.
+    """
+    with locked(folder.with_name(f".lock-{folder.name}"), what=str(folder)):
+        remarks = _compare(folder, fingerprint(config, source), config)
+        folder.mkdir(parents=True, exist_ok=True)
+        remove_unfinished(folder)
+        if not (folder / "hf").exists():
+            with publish_directory(folder / "hf") as temporary:
+                copy_sidecar_files(source.hf_files, temporary)
+        write_text(folder / FINGERPRINT, json.dumps(fingerprint(config, source), indent=1))
+        yield remarks
+
+
+def _compare(folder: Path, now: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    if not any(folder.glob("iter_*")):
+        return []
+    if not config.output.resume:
+        raise UsageError(f"{folder} holds a run already and --no-resume was said (RESUME=never); choose another folder")
+    try:
+        then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UsageError(f"{folder} holds steps but no {FINGERPRINT}: it was not made by this line") from None
+    allowed = ("data", "validation data", "seq_len", "packing", "too_long") if config.output.data_restart else ()
+    different = _differences(then["same"], now["same"], leave_out=allowed)
+    if different:
+        table = "\n".join(f"  {name}: {old} -> {new}" for name, old, new in different)
+        raise UsageError(
+            f"{folder} belongs to another run:\n{table}\nchoose another OUTPUT_BASEPATH, or go on with what the run had"
+            " (--data-restart lets data, seq_len and packing change and reads the data from its beginning)"
+        )
+    return [f"{name} changes from {old} to {new}" for name, old, new in _differences(then["schedule"], now["schedule"])]
+
+
+def _differences(
+    then: Mapping[str, Any], now: Mapping[str, Any], *, leave_out: tuple[str, ...] = ()
+) -> list[tuple[str, Any, Any]]:
+    names = [name for name in now if name not in leave_out]
+    return [(name, then.get(name), now[name]) for name in names if then.get(name) != now[name]]
+
+
+def _weights_fingerprint(source: ModelSource, seed: int) -> str:
+    """Return a digest of the names, sizes and first bytes of the weight files; a full hash would read them all."""
+    folder = source.hf_weights or source.mcore_weights
+    if folder is None:
+        return f"random, seed {seed}"
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin", ".distcp"):
+            with open(path, "rb") as file:
+                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(HEAD))
+    return digest.hexdigest()[:16]
+
+
+def _dataset_fingerprint(prefix: Path) -> str:
+    """Return a digest of the dataset's manifest, which has the hashes of its files, else of its index."""
+    base = document_prefix(prefix)
+    manifest = Path(f"{base}.json")
+    if manifest.exists():
+        return _digest(json.dumps(json.loads(manifest.read_bytes())["files"], sort_keys=True).encode())
+    return _digest(Path(f"{base}.idx").read_bytes())
+
+
+def _digest(raw: bytes) -> str:
+    return hashlib.sha256(raw).hexdigest()[:16]
