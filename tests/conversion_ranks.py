@@ -45,12 +45,13 @@ def check(folder: Path, world: int, tensor: int, pipeline: int) -> dict:
     from conversion.hf_as_mcore import HfAsMcore
     from conversion.hf_checkpoint import read_config
     from conversion.plan import mcore_settings
+    from toolkits.training.config import ComputeSettings
     from toolkits.training.layout import Layout
     from toolkits.training.parallel.model import build_model
 
     settings = mcore_settings(read_config(folder / "hf"))
     layout = Layout(world=world, tensor=tensor, pipeline=pipeline, sequence=False, micro_batches=1)
-    model = build_model(settings, layout, precision="fp32")
+    model = build_model(settings, layout, ComputeSettings(precision="fp32"))
     state = dist_checkpointing.load(
         model.sharded_state_dict(), str(folder / "mcore" / "release"), strict=StrictHandling.RAISE_UNEXPECTED
     )

@@ -63,7 +63,7 @@ def test_a_config_names_all_its_problems_at_once():
         ({"min_lr": 2e-5}, "--min-lr 2e-05 is larger than --lr 1e-05"),
         ({"train_iters": 0}, "either --train-iters or --epochs"),
         ({"epochs": 1.0}, "either --train-iters or --epochs"),
-        ({"precision": "fp8"}, "--precision is fp8, must be one of bf16, fp32"),
+        ({"precision": "fp8"}, "--precision is fp8, must be one of bf16, fp16, fp32"),
     ],
 )
 def test_a_problem_is_said_with_its_numbers(values, message):
@@ -80,6 +80,13 @@ def test_a_problem_is_said_with_its_numbers(values, message):
             5,
             "PP=5 does not divide 28 layers (the stages would hold 6+6+6+5+5 layers): use PP 4 or 7",
         ),
+        (
+            {"pipeline_parallel": 4, "first_stage_layers": 5},
+            4,
+            "MP_PP0_LAYERS 5 leaves 23 of 28 layers, which the other 3",
+        ),
+        ({"pipeline_parallel": 4, "first_stage_layers": 5}, 4, "cannot share evenly: use 4 or 7"),
+        ({"first_stage_layers": 5}, 1, "MP_PP0_LAYERS 5 needs PP > 1"),
         ({"pipeline_parallel": 30}, 30, "2 stages would have no layer): use PP 14 or 28"),
         ({"tensor_parallel": 2, "pipeline_parallel": 2}, 6, "TP=2 x PP=2 = 4 does not divide the 6 ranks"),
         ({"global_batch_size": 10, "micro_batch_size": 4}, 1, "not a multiple of BATCH_SIZE 4 x DP 1 = 4: use 8 or 12"),
@@ -100,7 +107,7 @@ def test_a_layout_that_can_be_says_the_rest():
     layout = layout_of(
         config(tensor_parallel=2, pipeline_parallel=2, global_batch_size=24, micro_batch_size=3), MODEL, 8
     )
-    assert dataclasses.astuple(layout) == (8, 2, 2, True, 4) and layout.data == 2
+    assert dataclasses.astuple(layout) == (8, 2, 2, True, 4, 0) and layout.data == 2
     assert not layout_of(config(), MODEL, 1).sequence, "sequence parallelism is off at TP=1"
 
 

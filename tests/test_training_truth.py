@@ -60,6 +60,10 @@ def alone(inputs, tmp_path_factory):
         "short": case(inputs, folder / "short"),
         "reference-attention": case(inputs, folder / "reference-attention", flash_attention=False),
         "bf16": case(inputs, folder / "bf16", precision="bf16"),
+        "fp16": case(inputs, folder / "fp16", precision="fp16"),
+        "recompute-full": case(inputs, folder / "recompute-full", recompute="full", recompute_layers=2),
+        "recompute-selective": case(inputs, folder / "recompute-selective", recompute="selective"),
+        "offload": case(inputs, folder / "offload", recompute="offload"),
         "all-packed": case(inputs, folder / "all-packed", global_batch_size=everything, micro_batch_size=1),
         "all-apart": case(inputs, folder / "all-apart", global_batch_size=60, packing=False),
     }
@@ -73,6 +77,9 @@ def two_ranks(inputs, tmp_path_factory):
         "tp2-sp": case(inputs, folder / "tp2-sp", tensor_parallel=2),
         "tp2": case(inputs, folder / "tp2", tensor_parallel=2, sequence_parallel=False, distributed_optimizer=False),
         "pp2": case(inputs, folder / "pp2", pipeline_parallel=2),
+        "pp2-uneven": case(inputs, folder / "pp2-uneven", pipeline_parallel=2, first_stage_layers=1),
+        "tp2-recompute": case(inputs, folder / "tp2-recompute", tensor_parallel=2, recompute="full"),
+        "tp2-fp16": case(inputs, folder / "tp2-fp16", tensor_parallel=2, precision="fp16"),
         "dp2": case(inputs, folder / "dp2"),
         "dp2-plain": case(inputs, folder / "dp2-plain", distributed_optimizer=False),
         "tp2-bf16": case(inputs, folder / "tp2-bf16", tensor_parallel=2, precision="bf16"),
@@ -190,6 +197,8 @@ def test_the_exact_attention_agrees_with_the_fused_one(alone):
         ("two_ranks", "tp2-sp"),
         ("two_ranks", "tp2"),
         ("two_ranks", "pp2"),
+        ("two_ranks", "pp2-uneven"),
+        ("two_ranks", "tp2-recompute"),
         ("two_ranks", "dp2"),
         ("two_ranks", "dp2-plain"),
         ("four_ranks", "tp2-pp2"),
@@ -214,6 +223,24 @@ def test_the_untied_model_trains_the_same_at_tp2(alone, two_ranks):
     assert largest_relative(exported(folder, "untied-tp2-20"), exported(single_folder, "untied")) < 1e-3
 
 
+@pytest.mark.parametrize("name", ["recompute-full", "recompute-selective", "offload"])
+def test_saving_memory_changes_nothing(alone, name):
+    folder, histories = alone
+    assert losses(histories[name]) == losses(histories["short"])
+    assert largest_relative(exported(folder, name), exported(folder, "short")) == 0
+
+
+def test_fp16_skips_what_overflows_and_then_follows_fp32(alone, two_ranks):
+    for histories, name in ((alone[1], "fp16"), (two_ranks[1], "tp2-fp16")):
+        skipped = [step["grad_norm"] is None for step in histories[name]]
+        first = skipped.index(False)
+        assert not any(skipped[first:]), "the loss scale had settled"
+        assert losses(histories[name])[0] == pytest.approx(losses(alone[1]["short"])[0], abs=0.01)
+        assert losses(histories[name])[-1] < losses(histories[name])[first] - 0.5
+    assert losses(two_ranks[1]["tp2-fp16"]) == pytest.approx(losses(alone[1]["fp16"]), abs=0.05)
+    assert {tensor.dtype for tensor in exported(alone[0], "fp16").values()} == {torch.float16}
+
+
 def test_bf16_follows_fp32(alone, two_ranks):
     _, single = alone
     _, double = two_ranks
@@ -232,10 +259,12 @@ def test_a_run_leaves_what_the_launchers_contract_says(alone):
     out = folder / "short"
     run = out / "checkpoint" / "sft"
     assert {path.name for path in run.iterdir()} == {
+        "fingerprint.json",
         "hf",
         "iter_0000006",
         "latest_checkpointed_iteration.txt",
         "loss.png",
+        "metrics.jsonl",
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "6"

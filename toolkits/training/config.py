@@ -14,7 +14,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..foundation.errors import UsageError, raise_all
 
-Precision = Literal["bf16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32"]
+Recompute = Literal["none", "full", "selective", "offload"]
 TooLong = Literal["truncate", "drop", "stop"]
 
 
@@ -53,6 +54,9 @@ class LayoutSettings:
 
     tensor_parallel: int = setting("Ranks that share each layer.", 1, at_least=1)
     pipeline_parallel: int = setting("Pipeline stages.", 1, at_least=1)
+    first_stage_layers: int = setting(
+        "Layers of the first pipeline stage, the others share the rest; 0: all the same.", 0, at_least=0
+    )
     sequence_parallel: bool = setting("Split activations between tensor-parallel ranks outside the matrices too.", True)
     distributed_optimizer: bool = setting("Shard the optimizer's state over data-parallel ranks (ZeRO-1).", True)
     reshardable_optimizer: bool = setting(
@@ -77,7 +81,21 @@ class BatchSettings:
     global_batch_size: int = setting("Rows in one optimizer step over all ranks.", 8, at_least=1)
     train_iters: int = setting("Optimizer steps; 0: taken from --epochs.", 0, at_least=0)
     epochs: float = setting("Passes over the data, when --train-iters is 0.", 0.0, at_least=0)
-    precision: Precision = setting("Number format of weights and activations; gradients are reduced in fp32.", "bf16")
+
+
+@dataclass(frozen=True)
+class ComputeSettings:
+    """How the arithmetic is done, and what memory is traded for it."""
+
+    precision: Precision = setting(
+        "Number format of weights and activations; gradients are reduced in fp32. fp16 scales the loss.", "bf16"
+    )
+    recompute: Recompute = setting(
+        "Activations kept for the backward pass: all (none), one a unit of layers (full), all but the attention's"
+        " (selective), or all in CPU memory (offload).",
+        "none",
+    )
+    recompute_layers: int = setting("Layers in a unit of --recompute full.", 1, at_least=1)
     flash_attention: bool = setting("Fused attention kernels; off: the exact reference path.", True)
 
 
@@ -121,6 +139,7 @@ class TrainConfig:
     data: DataSettings
     layout: LayoutSettings
     batch: BatchSettings
+    compute: ComputeSettings
     optimizer: OptimizerSettings
     output: OutputSettings
 

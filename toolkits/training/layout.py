@@ -23,6 +23,7 @@ class Layout:
     pipeline: int
     sequence: bool  # sequence parallel
     micro_batches: int  # of one data-parallel rank in one step
+    first_stage_layers: int = 0  # 0: every pipeline stage has as many
 
     @property
     def data(self) -> int:
@@ -45,13 +46,15 @@ def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layo
         pipeline=settings.pipeline_parallel,
         sequence=settings.sequence_parallel and settings.tensor_parallel > 1,
         micro_batches=batch.global_batch_size // (batch.micro_batch_size * replicas),
+        first_stage_layers=settings.first_stage_layers,
     )
 
 
 def layout_problems(config: TrainConfig, model: Mapping[str, Any], world: int) -> list[str]:
     """Return every rule of the layout that `config` breaks, with the nearest values that would do."""
     tensor, pipeline = config.layout.tensor_parallel, config.layout.pipeline_parallel
-    found = _tensor_problems(tensor, model) + _pipeline_problems(pipeline, model["num_layers"])
+    found = _tensor_problems(tensor, model)
+    found += _pipeline_problems(pipeline, model["num_layers"], first=config.layout.first_stage_layers)
     if world % (tensor * pipeline):
         found.append(f"TP={tensor} x PP={pipeline} = {tensor * pipeline} does not divide the {world} ranks")
         return found
@@ -80,7 +83,9 @@ def _tensor_problems(tensor: int, model: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _pipeline_problems(pipeline: int, layers: int) -> list[str]:
+def _pipeline_problems(pipeline: int, layers: int, *, first: int) -> list[str]:
+    if first:
+        return _uneven_problems(pipeline, layers, first)
     if layers % pipeline == 0:
         return []
     if pipeline > layers:
@@ -91,6 +96,21 @@ def _pipeline_problems(pipeline: int, layers: int) -> list[str]:
     valid = [n for n in range(1, layers + 1) if layers % n == 0]
     nearest = sorted(sorted(valid, key=lambda n: abs(n - pipeline))[:2])
     return [f"PP={pipeline} does not divide {layers} layers ({split}): use PP {_listed(nearest)}"]
+
+
+def _uneven_problems(pipeline: int, layers: int, first: int) -> list[str]:
+    if pipeline == 1:
+        return [f"MP_PP0_LAYERS {first} needs PP > 1: with one stage all {layers} layers are in it"]
+    if first < layers and (layers - first) % (pipeline - 1) == 0:
+        return []
+    valid = [n for n in range(1, layers) if (layers - n) % (pipeline - 1) == 0]
+    if not valid:
+        return [f"PP={pipeline} is more than {layers} layers can fill"]
+    nearest = sorted(sorted(valid, key=lambda n: abs(n - first))[:2])
+    return [
+        f"MP_PP0_LAYERS {first} leaves {layers - first} of {layers} layers, which the other {pipeline - 1} stages of "
+        f"PP={pipeline} cannot share evenly: use {_listed(nearest)}"
+    ]
 
 
 def _listed(numbers: list[int]) -> str:

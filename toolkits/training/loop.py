@@ -47,7 +47,7 @@ class Training:
             unwrapped(self.model),
             self.optimizer,
             self.layout,
-            self.config.batch.precision,
+            self.config.compute.precision,
             self.config.layout.optimizer_sharding,
         )
 
@@ -93,12 +93,22 @@ def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
     run.optimizer.zero_grad()
     loss, trained, stop = _forward_backward(run, run.batches.step(run.consumed(index)), forward_only=False)
     _require_finite("loss", loss, run, index)
-    _, grad_norm, _ = run.optimizer.step()
-    _require_finite("gradient norm", grad_norm, run, index)
+    grad_norm = _optimizer_step(run, index)
     rows = run.batches.rows.rows
     tokens = sum(sample.length for number in run.batches.row_numbers(run.consumed(index)) for sample in rows[number])
-    figures = StepFigures(index + 1, loss, rate, float(grad_norm), tokens, trained, time.monotonic() - started)
+    figures = StepFigures(index + 1, loss, rate, grad_norm, tokens, trained, time.monotonic() - started)
     return figures, stop
+
+
+def _optimizer_step(run: Training, index: int) -> float | None:
+    """Update the weights; return the gradient norm, None when fp16 overflowed and the step was skipped."""
+    updated, grad_norm, _ = run.optimizer.step()
+    if updated:
+        _require_finite("gradient norm", float(grad_norm), run, index)
+        return float(grad_norm)
+    if run.optimizer.get_loss_scale().item() <= 1.0:
+        _require_finite("gradient", math.inf, run, index)
+    return None
 
 
 def evaluate(run: Training) -> tuple[float, int]:

@@ -12,10 +12,14 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from .config import TrainConfig
 from .parallel.model import DTYPES, PaddedVocabularyGPT
 
+# Of fp16: halved at every overflow, doubled after a thousand good steps. What is scaled is the loss summed over
+# the tokens of a micro batch, hence less than the customary 2^16.
+INITIAL_LOSS_SCALE = 2.0**12
+
 
 def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> MegatronOptimizer:
     """Return the optimizer of `model`; biases and norm weights have no weight decay."""
-    settings, precision = config.optimizer, config.batch.precision
+    settings, precision = config.optimizer, config.compute.precision
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -27,6 +31,9 @@ def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Mega
             adam_eps=settings.adam_eps,
             clip_grad=settings.clip_grad,
             bf16=precision == "bf16",
+            fp16=precision == "fp16",
+            initial_loss_scale=INITIAL_LOSS_SCALE,
+            hysteresis=1,
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=config.layout.distributed_optimizer,
         ),
@@ -35,6 +42,8 @@ def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Mega
     # megatron-core marks the groups and leaves it to its scheduler to apply the mark.
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
+    for one in _inner(optimizer):
+        _allocate_moments(one.optimizer)
     return optimizer
 
 
@@ -54,9 +63,7 @@ def restore_optimizer(
     megatron-core 0.16.1 by itself loads the moments of the distributed optimizer, without Transformer
     Engine or Apex, with a step count of zero.
     """
-    inner = getattr(optimizer, "chained_optimizers", [optimizer])
-    for one in inner:
-        _allocate_moments(one.optimizer)
+    inner = _inner(optimizer)
     wanted = optimizer_state(optimizer, model, sharding=sharding, is_loading=True)
     loaded = dist_checkpointing.load({"optimizer": wanted}, str(step_folder))["optimizer"]
     for number, one in enumerate(inner):
@@ -67,8 +74,14 @@ def restore_optimizer(
             _load_moments(one, moments, how)
 
 
+def _inner(optimizer: MegatronOptimizer) -> list[Any]:
+    return getattr(optimizer, "chained_optimizers", [optimizer])
+
+
 def _allocate_moments(inner: torch.optim.Optimizer) -> None:
-    # torch's AdamW has no state before its first step, so there would be nothing to load into.
+    """Give torch's AdamW the state of step 0, which it makes at its first step: it can be saved and loaded then."""
+    if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's has a way of its own
+        return
     for group in inner.param_groups:
         for weight in group["params"]:
             inner.state[weight] = {

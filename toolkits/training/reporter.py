@@ -28,7 +28,7 @@ class StepFigures:
     step: int  # from 1
     loss: float  # mean over the trained tokens of the global batch
     learning_rate: float
-    grad_norm: float  # before clipping
+    grad_norm: float | None  # before clipping; None: fp16 overflowed and the step was skipped
     tokens: int  # without padding
     trained_tokens: int
     seconds: float
@@ -80,7 +80,7 @@ class Reporter:
         left = (time.monotonic() - self._started) / len(self.history) * (self.steps - figures.step)
         self.say(
             f"step {figures.step}/{self.steps} | loss {figures.loss:.6f} | lr {figures.learning_rate:.3e}"
-            f" | grad norm {figures.grad_norm:.4f} | {rate:,.0f} tokens/s | trained tokens {figures.trained_tokens:,}"
+            f" | {_grad_norm(figures.grad_norm)} | {rate:,.0f} tokens/s | trained tokens {figures.trained_tokens:,}"
             f" | memory {human_bytes(peak_memory())} | {clock(left)} left"
         )
         scalars = {
@@ -93,7 +93,8 @@ class Reporter:
             "memory/peak_bytes": peak_memory(),
         }
         for name, value in scalars.items():
-            self._board.add_scalar(name, value, figures.step)
+            if value is not None:
+                self._board.add_scalar(name, value, figures.step)
 
     def validated(self, step: int, loss: float, tokens: int) -> None:
         """Report a validation pass after `step`."""
@@ -143,6 +144,10 @@ class Reporter:
             with open(self.log, "a", encoding="utf-8") as file:
                 file.write(traceback.format_exc())
             raise
+
+
+def _grad_norm(norm: float | None) -> str:
+    return "overflow, step skipped, loss scale halved" if norm is None else f"grad norm {norm:.4f}"
 
 
 def draw_losses(path: Path, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:

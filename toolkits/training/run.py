@@ -17,7 +17,7 @@ from .config import TrainConfig
 from .layout import Layout, layout_of
 from .loop import Training, train
 from .optimizer import build_optimizer
-from .parallel.model import build_model, wrap
+from .parallel.model import DTYPES, build_model, wrap
 from .parallel.world import gather, process_groups, rank
 from .reporter import Reporter, StepFigures
 from .run_folder import claimed
@@ -102,16 +102,12 @@ def _set_up(plan: Plan, objective: ModuleType, resumed: Saved | None, reporter: 
     from megatron.core import parallel_state
 
     config, source, layout = plan.config, plan.source, plan.layout
-    precision, sharding = config.batch.precision, config.layout.optimizer_sharding
+    precision, sharding = config.compute.precision, config.layout.optimizer_sharding
     if resumed is not None:
         require_loadable(resumed, layout, precision=precision, sharding=sharding)
     _require_space(plan)
     model = build_model(
-        source.settings,
-        layout,
-        precision=precision,
-        flash_attention=config.batch.flash_attention,
-        initialize=config.model.checkpoint == "none",
+        source.settings, layout, config.compute, initialize=config.model.checkpoint == "none" and resumed is None
     )
     if resumed is None and source.hf_weights is not None:
         load_huggingface(model, source.hf_weights)
@@ -151,7 +147,7 @@ def _introduce(plan: Plan, resumed: Saved | None, reporter: Reporter) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reporter.say(
         f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
-        f"TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}, {config.batch.precision}"
+        f"TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}, {config.compute.precision}"
     )
     if resumed is None:
         return
@@ -171,7 +167,7 @@ def _amount(rows: Rows) -> str:
 
 
 def _require_space(plan: Plan) -> None:
-    weights = 2 if plan.config.batch.precision == "bf16" else 4
+    weights = DTYPES[plan.config.compute.precision].itemsize
     # The newest checkpoint is complete before the oldest goes; those of an earlier start are there already.
     to_write = plan.config.output.keep_last + 1 - len(list(plan.folder.glob("iter_*")))
     require_space(plan.folder, max(1, to_write) * plan.source.num_parameters * (weights + BYTES_OF_OPTIMIZER))

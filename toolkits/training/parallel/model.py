@@ -1,5 +1,6 @@
 """A HuggingFace config becomes megatron-core's GPTModel of this rank."""
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,12 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
+from ..config import ComputeSettings
 from ..layout import Layout
+from .offload import saved_on_cpu
 from .spec import decoder_spec
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 ACTIVATIONS = {"silu": torch.nn.functional.silu}
 # Settings of the family that belong to GPTModel; all others are fields of TransformerConfig.
 GPT_SETTINGS = ("vocab_size", "max_position_embeddings", "rotary_base", "share_embeddings_and_output_weights")
@@ -26,6 +29,12 @@ class PaddedVocabularyGPT(GPTModel):
     """
 
     real_vocab_size: int
+    offloads: bool  # saved activations wait for the backward pass in CPU memory
+
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Run this stage; see GPTModel.forward."""
+        with saved_on_cpu(self) if self.offloads else contextlib.nullcontext():
+            return super().forward(*args, **kwargs)
 
     def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """Return the cross entropy [b, s] of labels [b, s] under this rank's logits [s, b, vocab / TP]."""
@@ -39,23 +48,18 @@ class PaddedVocabularyGPT(GPTModel):
 
 
 def build_model(
-    settings: Mapping[str, Any],
-    layout: Layout,
-    *,
-    precision: str,
-    flash_attention: bool = True,
-    initialize: bool = True,
+    settings: Mapping[str, Any], layout: Layout, compute: ComputeSettings, *, initialize: bool = True
 ) -> PaddedVocabularyGPT:
     """Build this rank's part of the model, bare (no wrapper), on the rank's device.
 
     `settings` come from `conversion.plan.mcore_settings`; process groups must be up. `initialize` False
     leaves the weights as they are allocated, for a checkpoint to fill.
     """
-    config = transformer_config(settings, layout, precision=precision, initialize=initialize)
+    config = transformer_config(settings, layout, compute, initialize=initialize)
     vocab_size = settings["vocab_size"]
     model = PaddedVocabularyGPT(
         config,
-        decoder_spec(config, flash_attention=flash_attention),
+        decoder_spec(config, flash_attention=compute.flash_attention),
         vocab_size=-(-vocab_size // layout.tensor) * layout.tensor,
         max_sequence_length=settings["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -65,22 +69,26 @@ def build_model(
         rotary_base=settings["rotary_base"],
     )
     model.real_vocab_size = vocab_size
+    model.offloads = compute.recompute == "offload"
     return model.cuda()
 
 
 def transformer_config(
-    settings: Mapping[str, Any], layout: Layout, *, precision: str, initialize: bool = True
+    settings: Mapping[str, Any], layout: Layout, compute: ComputeSettings, *, initialize: bool = True
 ) -> TransformerConfig:
     """Return megatron-core's config for a family's settings under a layout."""
     fields = {name: value for name, value in settings.items() if name not in (*GPT_SETTINGS, "activation")}
-    dtype = DTYPES[precision]
+    fields |= _recompute_fields(compute)
+    dtype = DTYPES[compute.precision]
     return TransformerConfig(
         **fields,
         activation_func=ACTIVATIONS[settings["activation"]],
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
         sequence_parallel=layout.sequence,
-        bf16=precision == "bf16",
+        num_layers_in_first_pipeline_stage=layout.first_stage_layers or None,
+        bf16=compute.precision == "bf16",
+        fp16=compute.precision == "fp16",
         params_dtype=dtype,
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
@@ -98,6 +106,15 @@ def transformer_config(
     )
 
 
+def _recompute_fields(compute: ComputeSettings) -> dict[str, Any]:
+    if compute.recompute == "full":
+        layers = compute.recompute_layers
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": layers}
+    if compute.recompute == "selective":
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    return {}
+
+
 def _leave(weight: torch.Tensor) -> torch.Tensor:
     """Initialise nothing: a checkpoint fills the weight.
 
@@ -113,7 +130,9 @@ def wrap(model: PaddedVocabularyGPT, *, distributed_optimizer: bool) -> Distribu
     gradients = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
     )
-    return DistributedDataParallel(config, gradients, Float16Module(config, model) if config.bf16 else model)
+    return DistributedDataParallel(
+        config, gradients, Float16Module(config, model) if config.bf16 or config.fp16 else model
+    )
 
 
 def unwrapped(model: torch.nn.Module) -> PaddedVocabularyGPT:
