@@ -1,6 +1,5 @@
 """A Megatron-core directory seen as HuggingFace tensors; nothing is written and at most one step a thread held."""
 
-import re
 import sys
 import threading
 from collections.abc import Iterator
@@ -14,12 +13,9 @@ from .accounting import grouped
 from .hf_checkpoint import read_config
 from .layout import DTYPES, dtype_named, name_of, same_bits, split
 from .mcore_checkpoint import McoreCheckpoint, hf_folder
+from .mcore_directory import is_weight
 from .plan import MERGED_LAYERS, Plan, Step, plan_for
 
-# What training keeps beside the weights.
-_NOT_WEIGHTS = re.compile(
-    r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)([./].*)?|.*\._extra_state.*"
-)
 _HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
 
 
@@ -72,7 +68,7 @@ class McoreAsHf:
         used = {place[0] for place in self._keys.values() if place is not None}
         missing = sorted({step.key for step in self.plan.steps if self._keys[id(step)] is None})
         problems = [f"missing: {line}" for line in grouped(missing)]
-        extra = sorted(key for key in self.checkpoint.tensors if key not in used and not _NOT_WEIGHTS.fullmatch(key))
+        extra = sorted(key for key in self.checkpoint.tensors if key not in used and is_weight(key))
         if self.plan.tied and _HEAD in extra:
             extra.remove(_HEAD)
             self._check_tied_head(problems)

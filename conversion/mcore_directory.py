@@ -20,6 +20,11 @@ STEP_FILES = (".metadata", "metadata.json")  # written last by everybody: a step
 
 _STEP_NAME = re.compile(r"release|iter_(\d+)")
 
+# What training keeps beside the weights, ours and other tools'.
+_NOT_WEIGHTS = re.compile(
+    r"(optimizer|chained_\d+|rng_state|rerun_state_machine_state|opt_param_scheduler)([./].*)?|.*\._extra_state.*"
+)
+
 
 def find_step(directory: Path) -> Path:
     """Return the newest complete step folder of `directory`, or `directory` itself when it is one.
@@ -30,13 +35,33 @@ def find_step(directory: Path) -> Path:
     directory = Path(directory)
     if _is_complete(directory):
         return directory
-    steps = sorted((path for path in _step_folders(directory) if _is_complete(path)), key=_number)
+    if not directory.is_dir():
+        raise CheckpointError(f"no checkpoint at {directory}: no such folder")
+    steps = [path for path in step_folders(directory) if _is_complete(path)]
     if not steps:
-        unfinished = ", ".join(sorted(path.name for path in _step_folders(directory)))
+        unfinished = ", ".join(path.name for path in step_folders(directory))
         found = f"incomplete: {unfinished}" if unfinished else "no release/ or iter_NNNNNNN/ folder in it"
         raise CheckpointError(f"no checkpoint at {directory} ({found})")
     _compare_tracker(directory, steps[-1])
     return steps[-1]
+
+
+def step_folders(directory: Path) -> list[Path]:
+    """Return the step folders of `directory`, complete or not, oldest first; none when it does not exist."""
+    if not directory.is_dir():
+        return []
+    found = [path for path in directory.iterdir() if path.is_dir() and _STEP_NAME.fullmatch(path.name)]
+    return sorted(found, key=_number)
+
+
+def step_name(step: int) -> str:
+    """Return the folder name of a training step."""
+    return f"iter_{step:07d}"
+
+
+def is_weight(key: str) -> bool:
+    """Whether a key of a checkpoint belongs to the model's weights, not to the run that wrote it."""
+    return not _NOT_WEIGHTS.fullmatch(key)
 
 
 def hf_folder(directory: Path) -> Path:
@@ -61,13 +86,7 @@ def is_mcore_directory(directory: Path) -> bool:
     directory = Path(directory)
     if any((directory / name).is_file() for name in (*STEP_FILES, TRACKER_FILE)):
         return True
-    return directory.is_dir() and bool(_step_folders(directory))
-
-
-def _step_folders(directory: Path) -> list[Path]:
-    if not directory.is_dir():
-        raise CheckpointError(f"no checkpoint at {directory}: no such folder")
-    return [path for path in directory.iterdir() if path.is_dir() and _STEP_NAME.fullmatch(path.name)]
+    return bool(step_folders(directory))
 
 
 def _is_complete(step: Path) -> bool:
@@ -84,7 +103,7 @@ def _compare_tracker(directory: Path, newest: Path) -> None:
         return
     said = tracker.read_bytes()[:100].decode("utf-8", "replace").strip()
     if said == RELEASE or (said.isascii() and said.isdigit()):
-        named = RELEASE if said == RELEASE else f"iter_{int(said):07}"
+        named = RELEASE if said == RELEASE else step_name(int(said))
         if named == newest.name or (_STEP_NAME.fullmatch(named) and said != RELEASE and int(said) == _number(newest)):
             return
         complete = "is not a complete step" if not _is_complete(directory / named) else "is not the newest step"

@@ -126,7 +126,7 @@ def row_numbers_and_data(replicas, global_batch, rows=7, micro=1):
 def test_ranks_share_the_global_batch_without_overlap(replicas):
     ranks = row_numbers_and_data(replicas, 4)
     for step in range(5):
-        seen = [int(b.tokens[0, 0]) // 10 for rank in ranks for b in rank.step(4 * step)]
+        seen = [int(b.tokens[0, 0]) // 10 for rank in ranks for b in rank.micro_batches(rank.row_numbers(4 * step))]
         assert sorted(seen) == sorted(ranks[0].row_numbers(4 * step))
 
 

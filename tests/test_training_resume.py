@@ -16,7 +16,7 @@ from conversion.verify import verify
 from toolkits.foundation.errors import CheckpointError, UsageError
 from toolkits.training.checkpointing import Position, Saved, check_step, newest_step, require_loadable
 from toolkits.training.config import TrainConfig
-from toolkits.training.layout import Layout
+from toolkits.training.layout import Grid, Layout
 from toolkits.training.run_folder import claimed
 from toolkits.training.sources import find_model
 
@@ -169,6 +169,18 @@ def test_a_run_survives_being_killed_at_any_moment(inputs, tmp_path, times):
     verify(*(tmp_path / name / "checkpoint" / "sft" for name in ("whole", "killed")))
 
 
+def test_a_run_goes_on_past_a_damaged_step(inputs, whole, resumed, tmp_path):
+    """The step that is damaged is trained again, under the same name."""
+    shutil.copytree(whole[0] / "dp2", tmp_path / "out")
+    steps = tmp_path / "out" / "checkpoint" / "sft"
+    os.truncate(steps / LAST / "common.pt", 10)
+    words = flags(**settings(inputs, tmp_path / "out"))
+    done = subprocess.run(command(words), env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"set aside as damaged-{LAST}" in done.stdout
+    verify(steps, whole[0] / "dp2" / "checkpoint" / "sft")
+
+
 def damaged(whole, tmp_path, damage):
     """A copy of a run's folder whose newest step was damaged."""
     copy = tmp_path / "sft"
@@ -191,8 +203,9 @@ def test_a_flipped_bit_is_found(whole, tmp_path):
         (step / "__1_0.distcp").write_bytes(content)
 
     copy = damaged(whole, tmp_path, flip)
-    assert newest_step(copy)[0].position.step == HALF
     assert check_step(copy / LAST, contents=False).position.step == STEPS, "sizes alone do not tell"
+    assert newest_step(copy)[0].position.step == HALF
+    assert {path.name for path in copy.glob("*iter_*")} == {f"iter_{HALF:07d}", f"damaged-{LAST}"}
 
 
 @pytest.mark.parametrize("text", ["", "{", '{"version": 1}', "[]"])
@@ -219,14 +232,15 @@ def test_the_tracker_is_only_a_hint(whole, tmp_path):
 @pytest.mark.parametrize(
     ("saved", "now", "message"),
     [
-        ({"tensor": 2}, {}, r"TP=2 PP=1, this is TP=1 PP=1.*--reshardable-optimizer"),
+        ({"grid": Grid(2, 1, 1)}, {}, r"saved at TP2 PP1 DP1, this is TP1 PP1 DP2.*--reshardable-optimizer"),
+        ({"grid": Grid(1, 1, 2, 3)}, {}, r"saved at TP1 PP1 \(first stage 3 layers\) DP2"),
         ({"precision": "fp32"}, {}, r"was trained in fp32, not bf16"),
         ({"sharding": None}, {}, r"saved without the distributed optimizer \(DO\); go on without it"),
         ({}, {"sharding": None}, r"saved with the distributed optimizer \(DO\); go on with it"),
     ],
 )
 def test_an_optimizer_that_cannot_follow_is_refused(tmp_path, saved, now, message):
-    then = {"tensor": 1, "pipeline": 1, "data": 2, "precision": "bf16", "sharding": "dp_reshardable"} | saved
+    then = {"grid": Grid(1, 1, 2), "precision": "bf16", "sharding": "dp_reshardable"} | saved
     start = {"precision": "bf16", "sharding": "dp_reshardable"} | now
     with pytest.raises(UsageError, match=message):
         require_loadable(Saved(tmp_path, Position(1, 1), **then), Layout(2, 1, 1, False, 1), **start)

@@ -93,29 +93,29 @@ class Batches:
 
     def __init__(self, rows: Rows, batch: BatchSettings, layout: Layout, *, replica: int, seed: int) -> None:
         self.rows, self.batch, self.layout, self.replica, self.seed = rows, batch, layout, replica, seed
-
-    def step(self, consumed: int) -> Iterator[MicroBatch]:
-        """Yield this rank's micro batches of the step before which the run has consumed `consumed` rows."""
-        return self._micro_batches(self.row_numbers(consumed))
+        self._orders: dict[int, np.ndarray] = {}
 
     def row_numbers(self, consumed: int) -> list[int]:
-        """Return the rows of that step's global batch, over all ranks."""
+        """Return the rows of the next global batch, over all ranks, when the run has consumed `consumed` rows."""
         count = len(self.rows)
         places = range(consumed, consumed + self.batch.global_batch_size)
-        orders = {epoch: self._order(epoch) for epoch in {place // count for place in places}}
-        return [int(orders[place // count][place % count]) for place in places]
+        return [int(self._order(place // count)[place % count]) for place in places]
 
     def evaluation(self) -> Iterator[Iterator[MicroBatch]]:
         """Yield every row once in global batches; empty rows fill the last one, so that ranks stay in step."""
         size = self.batch.global_batch_size
         for start in range(0, len(self.rows), size):
             numbers = range(start, start + size)
-            yield self._micro_batches([number if number < len(self.rows) else None for number in numbers])
+            yield self.micro_batches([number if number < len(self.rows) else None for number in numbers])
 
     def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        if epoch not in self._orders:
+            self._orders = {last: order for last, order in self._orders.items() if last == epoch - 1}
+            self._orders[epoch] = np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
+        return self._orders[epoch]
 
-    def _micro_batches(self, numbers: Sequence[int | None]) -> Iterator[MicroBatch]:
+    def micro_batches(self, numbers: Sequence[int | None]) -> Iterator[MicroBatch]:
+        """Yield this rank's micro batches of the rows `numbers`; None is an empty row."""
         micro, replicas = self.batch.micro_batch_size, self.layout.data
         for start in range(self.replica * micro, len(numbers), micro * replicas):
             chosen = [() if n is None else self.rows.rows[n] for n in numbers[start : start + micro]]

@@ -19,17 +19,17 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
+from conversion.mcore_directory import TRACKER_FILE, step_folders, step_name
 from conversion.safe_pickle import read_metadata
 
 from ..foundation.errors import CheckpointError, TemperError, UsageError
 from ..foundation.publish import publish_directory, temporary_of, write_text
-from .layout import Layout
+from .layout import Grid, Layout
 from .optimizer import optimizer_state, restore_optimizer
 from .parallel.model import PaddedVocabularyGPT
 from .parallel.world import gather, rank
 from .weights import load_mcore
 
-TRACKER = "latest_checkpointed_iteration.txt"
 MANIFEST = "manifest.json"
 FORMAT_VERSION = 1
 
@@ -51,9 +51,7 @@ class Saved:
 
     folder: Path
     position: Position
-    tensor: int
-    pipeline: int
-    data: int
+    grid: Grid
     precision: str
     sharding: str | None
 
@@ -74,7 +72,7 @@ def save_step(folder: Path, state: RunState, position: Position, *, keep_last: i
 
     All ranks call it; the step appears under its name only when every byte is on disk.
     """
-    target = folder / f"iter_{position.step:07d}"
+    target = folder / step_name(position.step)
     with contextlib.ExitStack() as stack:
         if rank() == 0:
             stack.enter_context(publish_directory(target))
@@ -88,8 +86,8 @@ def save_step(folder: Path, state: RunState, position: Position, *, keep_last: i
             (temporary / MANIFEST).write_text(json.dumps(_manifest(state, position, files), indent=1))
     if rank() == 0:
         check_step(target, contents=False)
-        write_text(folder / TRACKER, str(position.step))
-        for old in sorted(folder.glob("iter_*"))[:-keep_last]:
+        write_text(folder / TRACKER_FILE, str(position.step))
+        for old in step_folders(folder)[:-keep_last]:
             shutil.rmtree(old)
     torch.distributed.barrier()
     return target
@@ -107,8 +105,8 @@ def check_step(folder: Path, *, contents: bool) -> Saved:
         for name, described in manifest["files"].items():
             if _describe(folder / name, contents=contents) != (described if contents else described[:1]):
                 raise CheckpointError(f"{folder / name} is not what was saved: truncated or changed")
-        fields = {name: manifest[name] for name in ("tensor", "pipeline", "data", "precision", "sharding")}
-        saved = Saved(folder, Position(**manifest["position"]), **fields)
+        position, grid = Position(**manifest["position"]), Grid(**manifest["layout"])
+        saved = Saved(folder, position, grid, manifest["precision"], manifest["sharding"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, TemperError):
             raise
@@ -120,20 +118,25 @@ def check_step(folder: Path, *, contents: bool) -> Saved:
 def newest_step(folder: Path) -> tuple[Saved | None, list[str]]:
     """Return the newest undamaged step of `folder`, and a sentence for each newer one that is damaged.
 
-    The folders decide; the tracker file is for other tools.
+    A damaged one is set aside as `damaged-iter_NNNNNNN`. The folders decide; the tracker file is for other
+    tools. Only rank 0 calls it.
     """
     remarks: list[str] = []
-    for candidate in sorted(folder.glob("iter_*"), reverse=True):
+    for candidate in reversed(step_folders(folder)):
         try:
             return check_step(candidate, contents=True), remarks
         except CheckpointError as error:
-            remarks.append(f"{error}; it is ignored")
+            aside = candidate.with_name(f"damaged-{candidate.name}")
+            if aside.exists():
+                shutil.rmtree(aside)
+            candidate.rename(aside)
+            remarks.append(f"{error}; it is ignored and set aside as {aside.name}")
     return None, remarks
 
 
 def require_loadable(saved: Saved, layout: Layout, *, precision: str, sharding: str | None) -> None:
     """Raise UsageError when the saved optimizer cannot go on in this layout."""
-    then, now = (saved.tensor, saved.pipeline), (layout.tensor, layout.pipeline)
+    then, now = (replace(grid, data=1) for grid in (saved.grid, layout.grid))
     if saved.precision != precision:
         raise UsageError(f"{saved.folder} was trained in {saved.precision}, not {precision}; a run keeps its precision")
     if (saved.sharding is None) != (sharding is None):
@@ -141,8 +144,8 @@ def require_loadable(saved: Saved, layout: Layout, *, precision: str, sharding: 
         raise UsageError(f"{saved.folder} was saved {was} the distributed optimizer (DO); go on {was} it")
     if then != now and saved.sharding == "dp_reshardable":
         raise UsageError(
-            f"{saved.folder} was saved at TP={then[0]} PP={then[1]}, this is TP={now[0]} PP={now[1]}: its optimizer "
-            "state follows a change of DP only. Go on with that layout; a run started with --reshardable-optimizer "
+            f"{saved.folder} was saved at {saved.grid}, this is {layout.grid}: its optimizer state follows a change of "
+            "DP only. Go on with that layout; a run started with --reshardable-optimizer "
             "can change it"
         )
 
@@ -151,15 +154,15 @@ def load_step(saved: Saved, state: RunState) -> None:
     """Put a saved step into model, optimizer and random states; all ranks call it."""
     load_mcore(state.model, saved.folder)  # scans the folder first
     restore_optimizer(state.optimizer, state.model, saved.folder, sharding=saved.sharding)
-    then = (saved.tensor, saved.pipeline, saved.data)
-    if then == (state.layout.tensor, state.layout.pipeline, state.layout.data):
+    if saved.grid == state.layout.grid:
         loaded = dist_checkpointing.load({"rng_state": _random_states(state.layout)}, str(saved.folder))
         _set_random_states(loaded["rng_state"])
 
 
 def _sharded_state(state: RunState) -> dict[str, Any]:
-    whole: dict[str, Any] = dict(state.model.sharded_state_dict())
-    whole["optimizer"] = optimizer_state(state.optimizer, state.model, sharding=state.sharding)
+    model = state.model.sharded_state_dict()
+    whole: dict[str, Any] = dict(model)
+    whole["optimizer"] = optimizer_state(state.optimizer, model, sharding=state.sharding)
     whole["rng_state"] = _random_states(state.layout)
     _exact_vocabulary(whole, state.model.real_vocab_size)
     return whole
@@ -223,14 +226,11 @@ def _describe(path: Path, *, contents: bool = True) -> list[Any]:
 def _manifest(state: RunState, position: Position, files: dict[str, list[Any]]) -> dict[str, Any]:
     from importlib.metadata import version
 
-    layout = state.layout
     return {
         "version": FORMAT_VERSION,
         "temper": version("temper-mcore"),
         "position": asdict(position),
-        "tensor": layout.tensor,
-        "pipeline": layout.pipeline,
-        "data": layout.data,
+        "layout": asdict(state.layout.grid),
         "precision": state.precision,
         "sharding": state.sharding,
         "files": files,

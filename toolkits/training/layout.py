@@ -15,6 +15,20 @@ DIVIDED_BY_TENSOR_PARALLEL = {
 
 
 @dataclass(frozen=True)
+class Grid:
+    """Which rank holds what: the part of a layout that a saved optimizer depends on."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    data: int = 1
+    first_stage_layers: int = 0
+
+    def __str__(self) -> str:
+        uneven = f" (first stage {self.first_stage_layers} layers)" if self.first_stage_layers else ""
+        return f"TP{self.tensor} PP{self.pipeline}{uneven} DP{self.data}"
+
+
+@dataclass(frozen=True)
 class Layout:
     """How `world` ranks are used: world = tensor * pipeline * data."""
 
@@ -29,6 +43,11 @@ class Layout:
     def data(self) -> int:
         """Number of data-parallel replicas."""
         return self.world // (self.tensor * self.pipeline)
+
+    @property
+    def grid(self) -> Grid:
+        """The layout without what may change from start to start."""
+        return Grid(self.tensor, self.pipeline, self.data, self.first_stage_layers)
 
 
 def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layout:

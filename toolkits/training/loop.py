@@ -12,6 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
+from conversion.mcore_directory import step_folders
+
 from ..foundation.errors import InterruptedRun, NumericsError
 from ..launch.rank import stop_requested
 from .batches import Batches, MicroBatch, row_length
@@ -91,11 +93,11 @@ def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
     set_learning_rate(run.optimizer, rate)
     run.model.zero_grad_buffer()
     run.optimizer.zero_grad()
-    loss, trained, stop = _forward_backward(run, run.batches.step(run.consumed(index)), forward_only=False)
+    numbers = run.batches.row_numbers(run.consumed(index))
+    loss, trained, stop = _forward_backward(run, run.batches.micro_batches(numbers), forward_only=False)
     _require_finite("loss", loss, run, index)
     grad_norm = _optimizer_step(run, index)
-    rows = run.batches.rows.rows
-    tokens = sum(sample.length for number in run.batches.row_numbers(run.consumed(index)) for sample in rows[number])
+    tokens = sum(sample.length for number in numbers for sample in run.batches.rows.rows[number])
     figures = StepFigures(index + 1, loss, rate, grad_norm, tokens, trained, time.monotonic() - started)
     return figures, stop
 
@@ -147,7 +149,7 @@ def _require_finite(what: str, value: float, run: Training, index: int) -> None:
     if math.isfinite(value):
         return
     rows = ", ".join(map(str, run.batches.row_numbers(run.consumed(index))))
-    steps = sorted(run.checkpoints.glob("iter_*"))
+    steps = step_folders(run.checkpoints)
     good = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
     raise NumericsError(
         f"step {index + 1}: the {what} is {value}; {good}. Rows of this batch: {rows}. "

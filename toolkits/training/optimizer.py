@@ -48,11 +48,14 @@ def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Mega
 
 
 def optimizer_state(
-    optimizer: MegatronOptimizer, model: PaddedVocabularyGPT, *, sharding: str | None, is_loading: bool = False
+    optimizer: MegatronOptimizer, model_state: dict[str, Any], *, sharding: str | None, is_loading: bool = False
 ) -> dict[str, Any]:
-    """Return the sharded state of `optimizer`; `sharding` lays out the distributed one, None is the plain one."""
+    """Return the sharded state of `optimizer` for the model's sharded state `model_state`.
+
+    `sharding` is how the distributed optimizer is laid out; None is the plain one.
+    """
     metadata = {"distrib_optim_sharding_type": sharding} if sharding else {}
-    return optimizer.sharded_state_dict(model.sharded_state_dict(), is_loading=is_loading, metadata=metadata)
+    return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
 
 def restore_optimizer(
@@ -64,7 +67,7 @@ def restore_optimizer(
     Engine or Apex, with a step count of zero.
     """
     inner = _inner(optimizer)
-    wanted = optimizer_state(optimizer, model, sharding=sharding, is_loading=True)
+    wanted = optimizer_state(optimizer, model.sharded_state_dict(), sharding=sharding, is_loading=True)
     loaded = dist_checkpointing.load({"optimizer": wanted}, str(step_folder))["optimizer"]
     for number, one in enumerate(inner):
         state = loaded if len(inner) == 1 else loaded[number]

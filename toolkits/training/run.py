@@ -10,6 +10,8 @@ from types import ModuleType
 
 import torch
 
+from conversion.mcore_directory import step_folders
+
 from ..foundation.publish import require_space
 from .batches import Batches, Rows
 from .checkpointing import Position, RunState, Saved, load_step, newest_step, require_loadable
@@ -147,11 +149,11 @@ def _introduce(plan: Plan, resumed: Saved | None, reporter: Reporter) -> None:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reporter.say(
         f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
-        f"TP {layout.tensor}, PP {layout.pipeline}, DP {layout.data}, {config.compute.precision}"
+        f"{layout.grid}, {config.compute.precision}"
     )
     if resumed is None:
         return
-    then, now = (f"TP{each.tensor} PP{each.pipeline} DP{each.data}" for each in (resumed, layout))
+    then, now = resumed.grid, layout.grid
     changed = "" if then == now else f"layout {then} -> {now}: optimizer resharded, "
     start = _start(resumed, config)
     reporter.say(f"going on from {resumed.folder}: {changed}step {start.step + 1}, data from row {start.rows:,}")
@@ -169,7 +171,7 @@ def _amount(rows: Rows) -> str:
 def _require_space(plan: Plan) -> None:
     weights = DTYPES[plan.config.compute.precision].itemsize
     # The newest checkpoint is complete before the oldest goes; those of an earlier start are there already.
-    to_write = plan.config.output.keep_last + 1 - len(list(plan.folder.glob("iter_*")))
+    to_write = plan.config.output.keep_last + 1 - len(step_folders(plan.folder))
     require_space(plan.folder, max(1, to_write) * plan.source.num_parameters * (weights + BYTES_OF_OPTIMIZER))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from conversion.hf_checkpoint import copy_sidecar_files
+from conversion.mcore_directory import step_folders
 from data_preprocessing.chat import tokenizer_fingerprint
 from data_preprocessing.dataset import document_prefix
 
@@ -61,18 +62,19 @@ def claimed(folder: Path, config: TrainConfig, source: ModelSource) -> Iterator[
     another run, or when it is used and the run must not be resumed.
     """
     with locked(folder.with_name(f".lock-{folder.name}"), what=str(folder)):
-        remarks = _compare(folder, fingerprint(config, source), config)
+        now = fingerprint(config, source)
+        remarks = _compare(folder, now, config)
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
         if not (folder / "hf").exists():
             with publish_directory(folder / "hf") as temporary:
                 copy_sidecar_files(source.hf_files, temporary)
-        write_text(folder / FINGERPRINT, json.dumps(fingerprint(config, source), indent=1))
+        write_text(folder / FINGERPRINT, json.dumps(now, indent=1))
         yield remarks
 
 
 def _compare(folder: Path, now: Mapping[str, Any], config: TrainConfig) -> list[str]:
-    if not any(folder.glob("iter_*")):
+    if not step_folders(folder):
         return []
     if not config.output.resume:
         raise UsageError(f"{folder} holds a run already and --no-resume was said (RESUME=never); choose another folder")

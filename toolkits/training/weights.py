@@ -10,13 +10,11 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor, apply_factor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 
 from conversion.hf_as_mcore import HfAsMcore
+from conversion.mcore_directory import is_weight
 from conversion.safe_pickle import scan_directory
 
 from ..foundation.errors import CheckpointError, raise_all
 from .parallel.model import PaddedVocabularyGPT
-
-# What a checkpoint may hold beyond the model: a run's optimizer and state.
-NOT_THE_MODEL = ("optimizer", "rng_state", "rerun_state_machine", "opt_param_scheduler")
 
 
 def load_huggingface(model: PaddedVocabularyGPT, directory: Path) -> None:
@@ -59,12 +57,8 @@ def load_mcore(model: PaddedVocabularyGPT, step_folder: Path) -> None:
         )
     except CheckpointingException as error:
         raise CheckpointError(f"{step_folder} does not fit its config.json: {error}") from error
-    problems = [f"{key} is not in the checkpoint" for key in sorted(missing_there) if "_extra_state" not in key]
-    problems += [f"{key} has no place in the model" for key in sorted(missing_here) if not _expected_extra(key)]
+    problems = [f"{key} is not in the checkpoint" for key in sorted(missing_there) if is_weight(key)]
+    problems += [f"{key} has no place in the model" for key in sorted(missing_here) if is_weight(key)]
     raise_all(CheckpointError, str(step_folder), problems)
     # Keys were compared above; what may be absent here is only `_extra_state`.
     model.load_state_dict({name: value for name, value in state.items() if torch.is_tensor(value)}, strict=False)
-
-
-def _expected_extra(key: str) -> bool:
-    return "_extra_state" in key or key.startswith(NOT_THE_MODEL)
