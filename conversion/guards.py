@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
@@ -20,12 +21,10 @@ def refuse_overlap(source: Path, target: Path) -> None:
         raise UsageError(f"one of input {a} and output {b} lies inside the other; choose an output elsewhere")
 
 
-def require_finite(name: str, stored: torch.Tensor, written: torch.Tensor) -> torch.Tensor:
-    """Return `written`; raise CheckpointError when it has NaN or Inf, in the stored tensor or through its cast."""
-    if is_finite(written):
-        return written
+def explain_nonfinite(name: str, stored: torch.Tensor, dtype: torch.dtype) -> NoReturn:
+    """Raise CheckpointError that says why `stored`, cast to `dtype`, has NaN or Inf in it."""
     if is_finite(stored):
-        raise CheckpointError(f"{name} does not fit {name_of(written.dtype)}; choose another --dtype")
+        raise CheckpointError(f"{name} does not fit {name_of(dtype)}; choose another --dtype")
     raise CheckpointError(f"{describe_nonfinite(stored)} in {name}; --allow-nonfinite converts it all the same")
 
 

@@ -9,10 +9,10 @@ import torch
 from toolkits.foundation.progress import Progress
 from toolkits.foundation.publish import publish_directory, require_space
 
-from .guards import note_dtype, refuse_overlap, require_finite
+from .guards import explain_nonfinite, note_dtype, refuse_overlap
 from .hf_as_mcore import HfAsMcore
 from .hf_checkpoint import copy_sidecar_files
-from .layout import dtype_named
+from .layout import dtype_named, is_finite
 from .mcore_as_hf import McoreAsHf
 from .mcore_directory import HF_FOLDER, RELEASE, TRACKER_FILE
 from .mcore_writer import Chunk, write_step
@@ -67,7 +67,10 @@ def _chunks(weights: HfAsMcore, allow_nonfinite: bool) -> Iterator[Chunk]:
 
 
 def _finite_step(weights: HfAsMcore, step: Step) -> torch.Tensor:
-    for part in step.parts:
-        stored = weights.source.read(part.name)
-        require_finite(part.name, stored, stored.to(weights.tensors[step.key].dtype))
-    return weights.step(step)
+    data = weights.step(step)
+    if not is_finite(data):
+        for part in step.parts:
+            stored = weights.source.read(part.name)
+            if not is_finite(stored.to(data.dtype)):
+                explain_nonfinite(part.name, stored, data.dtype)
+    return data

@@ -49,10 +49,14 @@ class McoreAsHf:
 
     def read(self, name: str) -> torch.Tensor:
         """Return a tensor, possibly as a view of its file: copy it before changing it."""
+        return self.stored(name).to(self.dtype(name))
+
+    def stored(self, name: str) -> torch.Tensor:
+        """Return a tensor in the type that it is stored in."""
         step, number = self.plan.hf_tensors[name]
         if getattr(self._last, "step", None) is not step:
             self._last.step, self._last.fused = step, self._fused(step)
-        return split(self._last.fused, step.blocks, number).to(self.dtype(name))
+        return split(self._last.fused, step.blocks, number)
 
     def _fused(self, step: Step) -> torch.Tensor:
         key, index = self._place(step)

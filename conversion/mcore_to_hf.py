@@ -9,10 +9,10 @@ import torch
 from toolkits.foundation.progress import Progress
 from toolkits.foundation.publish import publish_directory, require_space
 
-from .guards import refuse_overlap, require_finite
+from .guards import explain_nonfinite, refuse_overlap
 from .hf_as_mcore import HfAsMcore
 from .hf_checkpoint import CONFIG_FILE, copy_sidecar_files, write_safetensors
-from .layout import name_of
+from .layout import is_finite, name_of
 from .mcore_as_hf import McoreAsHf
 from .plan import Plan, config_dtype
 from .verify import require_equal
@@ -41,7 +41,9 @@ def convert(
 
     def read(name: str) -> torch.Tensor:
         tensor = weights.read(name)
-        return tensor if allow_nonfinite else require_finite(name, tensor, tensor)
+        if not allow_nonfinite and not is_finite(tensor):
+            explain_nonfinite(name, weights.stored(name), tensor.dtype)
+        return tensor
 
     with publish_directory(dst, overwrite=overwrite) as temporary:
         with Progress("exporting", num_bytes, unit="B") as progress:

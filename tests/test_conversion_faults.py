@@ -264,6 +264,9 @@ def test_a_cast_that_overflows_is_not_called_a_bad_weight(hf, tmp_path):  # [24]
     change_tensors(hf, lambda tensors: tensors[NORM][3].fill_(1e6))
     with pytest.raises(CheckpointError, match=r"model.norm.weight does not fit float16; choose another --dtype"):
         hf_to_mcore.convert(hf, tmp_path / "out", dtype="fp16")
+    hf_to_mcore.convert(hf, tmp_path / "whole")
+    with pytest.raises(CheckpointError, match=r"model.norm.weight does not fit float16; choose another --dtype"):
+        mcore_to_hf.convert(tmp_path / "whole", tmp_path / "back", dtype="float16")
 
 
 def test_everything_missing_unexpected_and_misshaped_comes_at_once(hf, tmp_path):  # [25] [26] [27]
