@@ -12,9 +12,10 @@ import pytest
 from toolkits.foundation.errors import CheckpointError, DataError, TemperError, UsageError
 from toolkits.launch import checks
 from toolkits.launch.__main__ import launch
-from toolkits.launch.arguments import FAMILIES, VARIABLES, Entry
+from toolkits.launch.arguments import CLUSTER_VARIABLES, FAMILIES, VARIABLES, Entry
 from toolkits.launch.checks import Launch, check_call
 from toolkits.launch.kinds import NotBuiltYet, human_size
+from toolkits.launch.nodes import Nodes
 from toolkits.launch.table import MARKS, markdown_table
 from toolkits.training.config import all_settings
 
@@ -24,6 +25,13 @@ NAMES = [entry.name for entry in QWEN.positions]
 SEED_LINE = shlex.split(
     "dsw 7B 1 8 1e-5 1e-6 128 128 bf16 1 1 1 true true true true false false 100 DATA VALID CKPT 1000 100 OUT"
 )
+NODE = {
+    "WORLD_SIZE": "4",
+    "RANK": "3",
+    "MASTER_ADDR": "node-0",
+    "MASTER_PORT": "29500",
+    "NPROC_PER_NODE": "2",
+}
 SEVEN_B = {
     "architectures": ["Qwen2ForCausalLM"],
     "model_type": "qwen2",
@@ -53,7 +61,7 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             (folder / f"{name}_text_document{ending}").touch()
     monkeypatch.chdir(folder)
     monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
-    for entry in VARIABLES:
+    for entry in (*VARIABLES, *CLUSTER_VARIABLES):
         monkeypatch.delenv(entry.name, raising=False)
     yield folder
 
@@ -95,7 +103,7 @@ def test_the_seeds_line_becomes_these_settings() -> None:
 
 CASES = [
     (entry, word, position)
-    for position, entries in ((True, QWEN.positions), (False, VARIABLES))
+    for position, entries in ((True, QWEN.positions), (False, (*VARIABLES, *CLUSTER_VARIABLES)))
     for entry in entries
     for word in entry.kind.examples
 ]
@@ -113,7 +121,9 @@ def test_every_value_works_or_is_refused_by_name(entry: Entry, word: str, positi
         return
     if position and entry.kind.__class__.__name__ != "Text":
         call = dict(zip(NAMES, line(), strict=True)) | _companions(entry.name, word) | {entry.name: word}
-        assert check(**call)
+        assert check(NODE if word == "dlc" else {}, **call)
+    elif entry in CLUSTER_VARIABLES:
+        assert check({**NODE, **_companions(entry.name, word), entry.name: word}, ENV="dlc")
     elif not position and entry.kind.__class__.__name__ != "Text":
         assert check({entry.name: word})
 
@@ -127,6 +137,7 @@ def _companions(name: str, word: str) -> dict[str, str]:
         "SEQ_LEN": {"PAD_LEN": "2"},
         "MIN_LR": {"LR": "5"},
         "LR": {"MIN_LR": "0"},
+        "WORLD_SIZE": {"RANK": "0"},
         "TRAIN_TOKENS_OR_ITERS": {"WARMUP_TOKENS_OR_ITERS": "0"},
     }.get(name, {})
 
@@ -197,7 +208,7 @@ def test_a_wrong_word_is_refused_with_exit_2(changes: dict[str, str], words: str
 
 def test_all_complaints_come_at_once() -> None:
     error = refusal(
-        {"EXTRA_ARGS": "--warp 9", "MP_VP": "2"}, ENV="dlc", LR="x", PAD_LEN="999", TP="8", DATASET_PATH="gone"
+        {"EXTRA_ARGS": "--warp 9", "MP_VP": "2"}, ENV="cloud", LR="x", PAD_LEN="999", TP="8", DATASET_PATH="gone"
     )
     for words in ("ENV", "LR", "PAD_LEN", "KV groups", "gone_text_document.bin", "--warp", "MP_VP", "8 problems"):
         assert words in str(error)
@@ -259,6 +270,46 @@ def test_the_number_of_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(checks, "visible_gpus", lambda: 8)
     assert (check().ranks, check().device) == (8, "GPU")
     assert "8 visible GPUs" in str(refusal({"NPROC_PER_NODE": "16"}, GLOBAL_BATCH_SIZE="16"))
+
+
+def test_a_container_job_counts_ranks_over_its_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    job = check(NODE, ENV="dlc", TP="2")
+    assert (job.ranks, job.world, job.device, job.nodes) == (2, 8, "CPU", Nodes(4, 3, "node-0", 29500))
+    timeouts = NODE | {"JOIN_TIMEOUT": "60", "SILENCE_TIMEOUT": "10"}
+    assert check(timeouts, ENV="dlc").nodes == Nodes(4, 3, "node-0", 29500, join_timeout=60, silence_timeout=10)
+    # The rules hold the world against the layout and the batch, not one node.
+    assert "BATCH_SIZE 2 x DP 8 = 16: use 16" in str(refusal(NODE, ENV="dlc", BATCH_SIZE="2"))
+    assert "does not divide the 6 ranks" in str(refusal(NODE | {"WORLD_SIZE": "3", "RANK": "0"}, ENV="dlc", TP="4"))
+    assert check(NODE, ENV="dsw").nodes == Nodes()
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 8)
+    gpus = {name: word for name, word in NODE.items() if name != "NPROC_PER_NODE"}
+    job = check(gpus, ENV="dlc", GLOBAL_BATCH_SIZE="32")
+    assert (job.ranks, job.world, job.device) == (8, 32, "GPU")
+    assert check(gpus | {"KUBERNETES_CONTAINER_RESOURCE_GPU": "2"}, ENV="dlc").ranks == 2
+    error = refusal(gpus | {"KUBERNETES_CONTAINER_RESOURCE_GPU": "16"}, ENV="dlc", GLOBAL_BATCH_SIZE="64")
+    assert "KUBERNETES_CONTAINER_RESOURCE_GPU is 16, this machine has 8 visible GPUs" in str(error)
+
+
+def test_a_container_job_names_every_variable_that_is_missing_or_wrong() -> None:
+    error = refusal(ENV="dlc")
+    assert error.exit_code == 2 and "5 problems" in str(error)
+    for name in ("WORLD_SIZE", "RANK", "MASTER_ADDR", "MASTER_PORT"):
+        assert f"- {name} is not set (dlc: " in str(error)
+    assert "no visible GPU; NPROC_PER_NODE says how many CPU ranks" in str(error)
+    assert "MASTER_ADDR is not set" in str(refusal(NODE | {"MASTER_ADDR": ""}, ENV="dlc"))
+    assert "RANK 'x' must be a whole number" in str(refusal(NODE | {"RANK": "x"}, ENV="dlc"))
+    assert "RANK 4 must be below WORLD_SIZE 4" in str(refusal(NODE | {"RANK": "4"}, ENV="dlc"))
+    assert "MASTER_PORT 70000 must be at most 65535" in str(refusal(NODE | {"MASTER_PORT": "70000"}, ENV="dlc"))
+
+
+def test_a_dry_run_prints_the_line_of_its_node(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    for name, word in (NODE | {"DRY_RUN": "1", "NPROC_PER_NODE": ""}).items():
+        monkeypatch.setenv(name, word)
+    assert launch(["qwen", *line(ENV="dlc", GLOBAL_BATCH_SIZE="32")]) == 0
+    out, err = capsys.readouterr()
+    place = "--nnodes=4 --node-rank=3 --master-addr=node-0 --master-port=29500 --nproc-per-node=8 -m toolkits.training"
+    assert place in out and "--standalone" not in out
+    assert "DP 32 = 32 GPU ranks" in err and "4 x 8 ranks, this is node 3; node 0 answers at node-0:29500" in err
 
 
 def test_auto_says_the_computed_size() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from toolkits.foundation.errors import DataError
-from toolkits.training.batches import Batches, Rows, Sample, micro_batch, split_indices, training_rows
+from toolkits.training.batches import Batches, Rows, Sample, fitting_samples, hold_out, make_rows, micro_batch
 from toolkits.training.config import BatchSettings, DataSettings
 from toolkits.training.layout import Layout
 
@@ -53,6 +53,16 @@ def settings(**values):
     return DataSettings(data="d", **({"seq_len": 8} | values))
 
 
+def only(dataset, indices):
+    """The conversations `indices` of `dataset`, as a dataset."""
+    return Conversations([list(zip(dataset.tokens(i), dataset.mask(i), strict=True)) for i in indices])
+
+
+def training_rows(dataset, options):
+    samples, remarks = fitting_samples(dataset, options)
+    return make_rows(dataset, samples, options), remarks
+
+
 def layout(world=1, tensor=1, micro_batches=1):
     return Layout(world, tensor, 1, tensor > 1, micro_batches)
 
@@ -74,44 +84,44 @@ def test_a_micro_batch_is_what_one_would_write_by_hand(dataset):
 
 
 def test_packing_puts_every_trained_conversation_into_one_row(dataset):
-    rows, remarks = training_rows(dataset, np.arange(4), settings(seq_len=9))
+    rows, remarks = training_rows(dataset, settings(seq_len=9))
     assert sorted(sample.index for row in rows.rows for sample in row) == [0, 1, 3]
     assert all(sum(sample.length for sample in row) <= 9 for row in rows.rows) and len(rows) == 2
     assert remarks == ["memory: 1 conversations were left out: no token of them is trained on"]
 
 
 def test_without_packing_a_row_is_one_conversation(dataset):
-    rows, _ = training_rows(dataset, np.arange(4), settings(packing=False))
+    rows, _ = training_rows(dataset, settings(packing=False))
     assert [len(row) for row in rows.rows] == [1, 1, 1]
 
 
 def test_a_long_conversation_is_cut_behind_its_last_whole_answer(dataset):
-    rows, remarks = training_rows(dataset, np.array([1]), settings(seq_len=5))
-    assert rows.rows == [(Sample(1, 3),)]
+    rows, remarks = training_rows(only(dataset, [1]), settings(seq_len=5))
+    assert rows.rows == [(Sample(0, 3),)]
     assert "1 conversations over 5 tokens were cut behind their last whole answer" in remarks[0]
 
 
 def test_an_answer_that_just_fits_is_not_cut(dataset):
-    rows, _ = training_rows(dataset, np.array([1]), settings(seq_len=6))
-    assert rows.rows == [(Sample(1, 6),)]
+    rows, _ = training_rows(only(dataset, [1]), settings(seq_len=6))
+    assert rows.rows == [(Sample(0, 6),)]
 
 
 def test_a_conversation_without_a_whole_answer_is_left_out_and_said(dataset):
-    rows, remarks = training_rows(dataset, np.array([0, 3]), settings(seq_len=4))
-    assert rows.rows == [(Sample(3, 4),)]
+    rows, remarks = training_rows(only(dataset, [0, 3]), settings(seq_len=4))
+    assert rows.rows == [(Sample(1, 4),)]
     assert "1 conversations were left out: over 4 tokens" in remarks[0]
 
 
 def test_too_long_can_drop_or_stop(dataset):
-    rows, _ = training_rows(dataset, np.array([1, 3]), settings(seq_len=5, too_long="drop"))
-    assert rows.rows == [(Sample(3, 4),)]
-    with pytest.raises(DataError, match=r"1 of 2 .* longer than --seq-len 5, the longest 7 tokens \(row 1\)"):
-        training_rows(dataset, np.array([1, 3]), settings(seq_len=5, too_long="stop"))
+    rows, _ = training_rows(only(dataset, [1, 3]), settings(seq_len=5, too_long="drop"))
+    assert rows.rows == [(Sample(1, 4),)]
+    with pytest.raises(DataError, match=r"1 of 2 .* longer than --seq-len 5, the longest 7 tokens \(row 0\)"):
+        training_rows(only(dataset, [1, 3]), settings(seq_len=5, too_long="stop"))
 
 
 def test_nothing_to_train_on_is_an_error(dataset):
     with pytest.raises(DataError, match="no conversation with a trained token fits"):
-        training_rows(dataset, np.array([2]), settings())
+        training_rows(only(dataset, [2]), settings())
 
 
 def row_numbers_and_data(replicas, global_batch, rows=7, micro=1):
@@ -153,14 +163,13 @@ def test_evaluation_sees_every_row_once_and_ranks_stay_in_step(replicas):
 
 
 def test_one_percent_is_held_out_and_one_row_at_least():
-    data = Conversations([conversation((1, 0), (1, 1), start=0)] * 250)
-    training, validation = split_indices(data, seed=3)
-    assert len(validation) == 2 and sorted([*training, *validation]) == list(range(250))
-    assert np.array_equal(validation, split_indices(data, seed=3)[1])
-    few = Conversations([conversation((1, 0), (1, 1), start=0)] * 3)
-    assert len(split_indices(few, seed=3)[1]) == 1
-    with pytest.raises(DataError, match="too few to hold one out"):
-        split_indices(Conversations([conversation((1, 1), start=0)]), seed=3)
+    samples = [Sample(i, 2) for i in range(250)]
+    training, validation = hold_out(samples, seed=3)
+    assert len(validation) == 2 and sorted([*training, *validation], key=lambda sample: sample.index) == samples
+    assert validation == hold_out(samples, seed=3)[1]
+    assert len(hold_out(samples[:3], seed=3)[1]) == 1
+    with pytest.raises(DataError, match="1 conversation that fits is too few to hold one out"):
+        hold_out(samples[:1], seed=3)
 
 
 def test_rows_are_rounded_up_for_sequence_parallelism():

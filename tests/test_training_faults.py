@@ -1,19 +1,23 @@
 """What a run refuses, how it stops, and what it leaves behind then."""
 
+import itertools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
+import torch
+from safetensors.torch import load_file
 from training_world import ROOT, flags, run_cases, write_dataset, write_model
 
 from conversion import hf_to_mcore
 from toolkits.foundation.errors import CheckpointError, DataError, UsageError
 from toolkits.training.config import DataSettings, ModelSettings
-from toolkits.training.sources import find_data, find_model
+from toolkits.training.sources import find_data, find_model, validates_on_training_data
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +103,52 @@ def test_validation_equal_to_training_holds_one_percent_out(inputs):
         assert "1 of 40 conversations are held out to validate" in data.remarks[0]
 
 
+def test_the_same_data_by_another_spelling_is_held_out_from_too(inputs, tmp_path):
+    (tmp_path / "link").symlink_to(inputs["folder"])
+    data = inputs["data"]
+    for valid in (tmp_path / "link" / "data", data.with_name("data_text_document"), data.parent / "x" / ".." / "data"):
+        (data.parent / "x").mkdir(exist_ok=True)
+        assert validates_on_training_data(DataSettings(data=data, valid_data=valid))
+    assert not validates_on_training_data(DataSettings(data=data, valid_data=data.with_name("other")))
+
+
+def test_only_conversations_that_fit_are_held_out(inputs):
+    model = find_model(ModelSettings(checkpoint=str(inputs["model"])))
+    for seed in range(8):
+        data = find_data(DataSettings(data=inputs["data"], seq_len=40, seed=seed), model)
+        assert len(data.validation) == 1
+
+
+def test_conversations_longer_than_the_model_was_made_for_are_said(inputs):
+    model = edited_config(inputs["folder"], "short-positions", max_position_embeddings=16)
+    data = find_data(DataSettings(data=inputs["data"], seq_len=128), find_model(ModelSettings(checkpoint=str(model))))
+    assert any("the model was made for 16" in remark for remark in data.remarks)
+
+
+def test_pipeline_stages_start_from_different_random_weights(inputs, tmp_path):
+    words = settings(inputs, tmp_path / "out", checkpoint="none", hf_config=inputs["model"], pipeline_parallel=4)
+    words |= {"train_iters": 1, "lr": 0.0, "min_lr": 0.0, "export_hf": True}
+    run_cases(tmp_path / "world", 4, {"stages": flags(**words)})
+    weights = load_file(tmp_path / "out" / "huggingface" / "sft" / "model.safetensors")
+    layers = [weights[f"model.layers.{layer}.mlp.gate_proj.weight"] for layer in range(4)]
+    assert not any(torch.equal(a, b) for a, b in itertools.combinations(layers, 2))
+
+
+def test_a_warm_up_longer_than_the_epochs_is_refused(inputs, tmp_path):
+    words = flags(**settings(inputs, tmp_path / "out", train_iters=0, epochs=1, warmup_iters=100))
+    code, _, err = finished(start(words))
+    assert code == 2 and re.search(r"--warmup-iters 100 leaves nothing of the \d+ steps", err)
+
+
+def test_an_export_never_replaces_what_the_run_did_not_write(inputs, tmp_path):
+    precious = tmp_path / "out" / "huggingface" / "sft" / "notes.txt"
+    precious.parent.mkdir(parents=True)
+    precious.touch()
+    code, out, err = finished(start(flags(**settings(inputs, tmp_path / "out", export_hf=True))))
+    assert code == 2 and "not of this run" in err and "step 1/" not in out
+    assert precious.exists()
+
+
 def test_a_run_starts_from_either_format_and_from_its_own_checkpoint(inputs, tmp_path):
     """HuggingFace directory, converted directory, and the directory that training wrote: the same weights."""
     first = {
@@ -181,6 +231,23 @@ def test_sigterm_saves_and_says_so(inputs, tmp_path):
     assert re.search(r"stopped after step \d+ of 10000, saved as .*iter_", err)
 
 
+def test_sigterm_during_validation_loses_nothing(inputs, tmp_path):
+    valid = write_dataset(tmp_path / "valid", inputs["model"], rows=12_000)
+    words = settings(inputs, tmp_path / "out", valid_data=valid, train_iters=10, save_interval=1)
+    process = start(flags(**words), ranks=2)
+    try:
+        for line in process.stdout:
+            if line.startswith("saved "):
+                break
+        time.sleep(1.0)  # the validation takes half a minute
+        process.send_signal(signal.SIGTERM)
+    finally:
+        code, out, err = finished(process)
+    assert code == 75, (out, err)
+    assert [path.name for path in (tmp_path / "out" / "checkpoint" / "sft").glob("iter_*")] == ["iter_0000001"]
+    assert "validation after" not in out
+
+
 def test_an_old_checkpoint_goes_when_a_newer_one_is_complete(inputs, tmp_path):
     words = flags(**settings(inputs, tmp_path / "out", train_iters=5, save_interval=1, keep_last=2))
     code, _, err = finished(start(words))
@@ -191,7 +258,7 @@ def test_an_old_checkpoint_goes_when_a_newer_one_is_complete(inputs, tmp_path):
 
 def test_epochs_become_steps_and_a_failed_start_does_not_block_the_next(inputs, tmp_path):
     words = settings(inputs, tmp_path / "out", train_iters=0, epochs=2, seq_len=256)
-    code, _, err = finished(start(flags(**words, keep_last=10**9)))
+    code, _, err = finished(start(flags(**(words | {"epochs": 10**9}), keep_last=10**9, save_interval=1)))
     assert code == 6 and "free at" in err, err
     code, out, err = finished(start(flags(**words)))
     assert code == 0, err

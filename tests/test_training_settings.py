@@ -60,6 +60,7 @@ def test_a_config_names_all_its_problems_at_once():
 @pytest.mark.parametrize(
     ("values", "message"),
     [
+        ({"adam_beta1": 1.0}, "--adam-beta1 is 1.0, must be a number of at least 0 and below 1"),
         ({"min_lr": 2e-5}, "--min-lr 2e-05 is larger than --lr 1e-05"),
         ({"train_iters": 0}, "either --train-iters or --epochs"),
         ({"epochs": 1.0}, "either --train-iters or --epochs"),
@@ -117,6 +118,10 @@ def test_the_learning_rate_warms_up_inside_and_ends_exactly_at_the_floor():
     assert rates[99] == 1e-5 == max(rates)
     assert rates[99 + 450] == pytest.approx((1e-5 + 1e-6) / 2)
     assert rates[-1] == 1e-6 and all(a > b for a, b in itertools.pairwise(rates[99:]))
+
+
+def test_the_last_step_is_at_the_floor_whatever_the_warm_up():
+    assert learning_rate(10, steps=10, warmup=100, peak=1e-3, floor=1e-4) == 1e-4
 
 
 def test_without_warm_up_the_first_step_is_near_the_peak():

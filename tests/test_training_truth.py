@@ -1,5 +1,6 @@
 """The training line against the truth: a plain transformers + AdamW loop, and itself at every layout."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from training_world import flags, run_cases, write_dataset, write_model
 
 from data_preprocessing.dataset import open_dataset
-from toolkits.training.batches import Batches, training_rows
+from toolkits.training.batches import Batches, fitting_samples, make_rows
 from toolkits.training.config import BatchSettings, DataSettings
 from toolkits.training.layout import Layout
 from toolkits.training.optimizer import learning_rate
@@ -27,7 +28,7 @@ def inputs(tmp_path_factory):
     tied = write_model(folder / "tied")
     untied = write_model(folder / "untied", tied=False, head_dim=10)
     data = write_dataset(folder / "data", tied, rows=60)
-    valid = write_dataset(folder / "valid", tied, rows=9, seed=6)
+    valid = write_dataset(folder / "valid", tied, rows=55, seed=6)
     return {"tied": tied, "untied": untied, "data": data, "valid": valid}
 
 
@@ -83,6 +84,8 @@ def two_ranks(inputs, tmp_path_factory):
         "dp2": case(inputs, folder / "dp2"),
         "dp2-plain": case(inputs, folder / "dp2-plain", distributed_optimizer=False),
         "tp2-bf16": case(inputs, folder / "tp2-bf16", tensor_parallel=2, precision="bf16"),
+        "pp2-bf16": case(inputs, folder / "pp2-bf16", pipeline_parallel=2, precision="bf16"),
+        "dp2-bf16": case(inputs, folder / "dp2-bf16", precision="bf16"),
         "untied-tp2-20": case(inputs, folder / "untied-tp2-20", model="untied", tensor_parallel=2, train_iters=STEPS),
     }
     return folder, run_cases(folder / "world", 2, cases)
@@ -104,7 +107,7 @@ def packed_rows(inputs):
     """Return how many packed rows all of the training data makes."""
     dataset = open_dataset(inputs["data"])
     settings = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
-    return len(training_rows(dataset, np.arange(len(dataset)), settings)[0])
+    return len(make_rows(dataset, fitting_samples(dataset, settings)[0], settings))
 
 
 def reference_losses(inputs, model, *, shift=0):
@@ -121,7 +124,7 @@ def reference_losses(inputs, model, *, shift=0):
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
     dataset = open_dataset(inputs["data"])
     data = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
-    rows, _ = training_rows(dataset, np.arange(len(dataset)), data)
+    rows = make_rows(dataset, fitting_samples(dataset, data)[0], data)
     sizes = BatchSettings(micro_batch_size=MICRO, global_batch_size=GLOBAL)
     batches = Batches(rows, sizes, Layout(1, 1, 1, False, GLOBAL // MICRO), replica=0, seed=data.seed)
     losses = []
@@ -223,6 +226,47 @@ def test_the_untied_model_trains_the_same_at_tp2(alone, two_ranks):
     assert largest_relative(exported(folder, "untied-tp2-20"), exported(single_folder, "untied")) < 1e-3
 
 
+def test_the_validation_loss_is_that_of_transformers(inputs, alone, four_ranks):
+    """Summed over all validation tokens, though the last of its batches is not full."""
+    from transformers import Qwen2ForCausalLM
+
+    folder = alone[0]
+    network = Qwen2ForCausalLM.from_pretrained(folder / "short" / "huggingface" / "sft", dtype=torch.float32)
+    dataset, total, trained = open_dataset(inputs["valid"]), 0.0, 0
+    for row in range(len(dataset)):
+        tokens, mask = torch.from_numpy(dataset.tokens(row).astype(np.int64)), dataset.mask(row)[1:].astype(np.float32)
+        with torch.no_grad():
+            logits = network(tokens[None, :-1]).logits[0]
+        total += float(
+            (torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none") * torch.from_numpy(mask)).sum()
+        )
+        trained += int(mask.sum())
+    for run in (folder / "short", four_ranks[0] / "tp2-pp2", four_ranks[0] / "tp2-dp2"):
+        figures = [json.loads(line) for line in (run / "checkpoint" / "sft" / "metrics.jsonl").read_text().splitlines()]
+        (validated,) = [each for each in figures if "validation_loss" in each]
+        assert validated["validation_loss"] == pytest.approx(total / trained, abs=1e-4)
+        assert validated["trained_tokens"] == trained
+
+
+def test_rows_that_only_pad_the_vocabulary_are_zero():
+    from types import SimpleNamespace
+
+    from toolkits.training.weights import _fill
+
+    whole = torch.arange(15.0).reshape(5, 3)
+    source = SimpleNamespace(
+        tensors={"embedding": SimpleNamespace(shape=(5, 3))},
+        read=lambda key, start, shape: whole[start[0] : start[0] + shape[0]],
+    )
+    for offset, expected in ((0, whole[:4]), (4, torch.cat([whole[4:], torch.zeros(3, 3)])), (8, torch.zeros(4, 3))):
+        data = torch.full((4, 3), float("nan"))
+        shard = SimpleNamespace(
+            key="embedding", data=data, local_shape=(4, 3), global_offset=(offset, 0), prepend_axis_num=0
+        )
+        _fill(shard, source)
+        assert torch.equal(data, expected)
+
+
 @pytest.mark.parametrize("name", ["recompute-full", "recompute-selective", "offload"])
 def test_saving_memory_changes_nothing(alone, name):
     folder, histories = alone
@@ -245,7 +289,8 @@ def test_bf16_follows_fp32(alone, two_ranks):
     _, single = alone
     _, double = two_ranks
     assert losses(single["bf16"]) == pytest.approx(losses(single["short"]), abs=0.05)
-    assert losses(double["tp2-bf16"]) == pytest.approx(losses(single["bf16"]), abs=0.05)
+    for name in ("tp2-bf16", "pp2-bf16", "dp2-bf16"):
+        assert losses(double[name]) == pytest.approx(losses(single["bf16"]), abs=0.005)
     assert losses(single["bf16"]) != losses(single["short"])
 
 
@@ -259,6 +304,7 @@ def test_a_run_leaves_what_the_launchers_contract_says(alone):
     out = folder / "short"
     run = out / "checkpoint" / "sft"
     assert {path.name for path in run.iterdir()} == {
+        "exported.txt",
         "fingerprint.json",
         "hf",
         "iter_0000006",

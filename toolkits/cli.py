@@ -36,6 +36,7 @@ class LazyGroup(click.Group):
 COMMANDS = {
     "convert": ("toolkits.commands.convert", "convert", "HuggingFace checkpoints to and from Megatron-core."),
     "data": ("toolkits.commands.data", "data", "Build a dataset and look at its rows."),
+    "plan": ("toolkits.commands.plan", "plan", "What a run needs, which layouts fit, and its launcher line."),
     "train": ("toolkits.commands.train", "train", "Tune a model with Megatron-core."),
 }
 

@@ -63,6 +63,8 @@ def remove_unfinished(folder: Path) -> None:
     for leftover in folder.glob(".tmp-*"):
         print(f"removing {leftover}, left unfinished by a process that died", flush=True)
         _remove(leftover)
+    for lock in folder.glob(".lock-*"):
+        lock.unlink()
 
 
 def write_text(target: Path, text: str) -> None:

@@ -30,29 +30,33 @@ def launch(words: Sequence[str]) -> int:
     job = check_call(family, given, os.environ)
     print(summary(job), file=sys.stderr, flush=True)
     if job.dry_run:
-        print(torchrun_line(job.config, ranks=job.ranks, torchrun=_torchrun(), repository=REPOSITORY))
+        print(_dry_line(job))
         return 0
     job.config.output.output.mkdir(parents=True, exist_ok=True)
-    return start_ranks(["sft", *job.config.flags()], ranks=job.ranks)
+    return start_ranks(["sft", *job.config.flags()], ranks=job.ranks, nodes=job.nodes)
 
 
 def summary(job: Launch) -> str:
     """Return a few lines that say what will run and where it goes."""
     config, name, out = job.config, job.config.output.name, job.config.output.output
     layout = config.layout
-    replicas = job.ranks // (layout.tensor_parallel * layout.pipeline_parallel)
+    replicas = job.world // (layout.tensor_parallel * layout.pipeline_parallel)
     sequence = "on" if layout.sequence_parallel and layout.tensor_parallel > 1 else "off"
     if layout.sequence_parallel and layout.tensor_parallel == 1:
         sequence += " (it needs TP > 1)"
     sharded = "sharded" if layout.distributed_optimizer else "whole on every rank"
     lines = [
         name,
-        f"  model    {human_size(job.num_parameters)} parameters, {config.batch.precision}, from "
+        f"  model    {human_size(job.num_parameters)} parameters, {config.compute.precision}, from "
         + str(config.model.hf_config if config.model.checkpoint == "none" else config.model.checkpoint),
         f"  layout   TP {layout.tensor_parallel} x PP {layout.pipeline_parallel} x DP {replicas} = "
-        f"{job.ranks} {job.device} rank{'s' * (job.ranks > 1)}, sequence parallel {sequence}, optimizer {sharded}",
+        f"{job.world} {job.device} rank{'s' * (job.world > 1)}, sequence parallel {sequence}, optimizer {sharded}",
         f"  output   {shlex.quote(str(out / 'checkpoint' / name))}, and {shlex.quote(str(out))}/tensorboard, log",
     ]
+    if job.nodes.count > 1:
+        nodes = job.nodes
+        where = f"node 0 answers at {nodes.address}:{nodes.port}" if nodes.rank else f"it listens on port {nodes.port}"
+        lines.insert(3, f"  nodes    {nodes.count} x {job.ranks} ranks, this is node {nodes.rank}; {where}")
     return "\n".join(lines)
 
 
@@ -62,9 +66,10 @@ def _family(words: Sequence[str]) -> Family:
     return FAMILIES[words[0]]
 
 
-def _torchrun() -> str:
+def _dry_line(job: Launch) -> str:
     beside = Path(sys.executable).with_name("torchrun")
-    return str(beside) if beside.exists() else "torchrun"
+    torchrun = str(beside) if beside.exists() else "torchrun"
+    return torchrun_line(job.config, ranks=job.ranks, nodes=job.nodes, torchrun=torchrun, repository=REPOSITORY)
 
 
 def main() -> None:

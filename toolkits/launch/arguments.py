@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .kinds import SWITCH, Integer, Kind, ModelSize, Number, Offload, OneOf, Text, words
+from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes
 
 
 @dataclass(frozen=True)
@@ -18,6 +19,7 @@ class Entry:
     kind: Kind
     help: str
     setting: str | None = None
+    required: bool = False
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,9 @@ def _dense(sizes: tuple[str, ...]) -> tuple[Entry, ...]:
     return (
         Entry(
             "ENV",
-            words("dsw", not_built=("dlc",)),
-            "this machine: every visible GPU, else CPU ranks (NPROC_PER_NODE, or TP x PP x CP)",
+            words("dsw", "dlc"),
+            "dsw: this machine, every visible GPU, else CPU ranks (NPROC_PER_NODE, or TP x PP x CP); "
+            "dlc: one node of a container job",
         ),
         Entry("MODEL_SIZE", ModelSize(sizes), "checked against the checkpoint's config.json, within 25%"),
         Entry("BATCH_SIZE", Integer(), "micro batch of a data-parallel rank", "micro_batch_size"),
@@ -103,4 +106,19 @@ VARIABLES = (
     Entry("MP_AC_LAYERS", Integer(built_to=1), "layers that AC covers (1)"),
     Entry("MP_VP", Integer(built_to=0), "layers of a virtual pipeline stage"),
     Entry("MP_PP0_LAYERS", Integer(built_to=0), "layers of the first pipeline stage"),
+)
+
+# Read with ENV=dlc only: a stray RANK must not change a run on this machine.
+CLUSTER_VARIABLES = (
+    Entry("WORLD_SIZE", Integer(), "dlc: nodes of the job; required", required=True),
+    Entry("RANK", Integer(0), "dlc: number of this node, from 0; required", required=True),
+    Entry("MASTER_ADDR", Text("host"), "dlc: where node 0 answers; required", required=True),
+    Entry("MASTER_PORT", Integer(), "dlc: a free port of node 0; required", required=True),
+    Entry(GPUS_OF_NODE, Integer(), f"dlc: GPUs of a node ({DEFAULT_GPUS}); NPROC_PER_NODE wins"),
+    Entry("JOIN_TIMEOUT", Integer(), f"dlc: seconds in which all nodes must come ({Nodes().join_timeout:g})"),
+    Entry(
+        "SILENCE_TIMEOUT",
+        Integer(3),
+        f"dlc: seconds without a sign of life that end the job ({Nodes().silence_timeout:g})",
+    ),
 )

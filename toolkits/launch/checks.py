@@ -18,23 +18,30 @@ from ..training.config import TrainConfig
 from ..training.layout import DIVIDED_BY_TENSOR_PARALLEL, layout_problems
 from .arguments import Family
 from .kinds import human_size
+from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes, is_cluster, node_problems, nodes_of
 from .ranks import visible_gpus
 from .reading import Call, in_words_of, read_call, settings_of
 
 SIZE_TOLERANCE = 0.25
-LAYOUT_WORDS = ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "NPROC_PER_NODE")
+LAYOUT_WORDS = ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "NPROC_PER_NODE", GPUS_OF_NODE, "WORLD_SIZE")
 SCHEDULE_WORDS = ("LR", "MIN_LR", "TRAIN_TOKENS_OR_ITERS", "WARMUP_TOKENS_OR_ITERS", "EPOCHS")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A call that passed every check."""
+    """A call that passed every check; `ranks` are those of each of the `nodes`."""
 
     config: TrainConfig
     ranks: int
     device: str
     num_parameters: int
     dry_run: bool
+    nodes: Nodes
+
+    @property
+    def world(self) -> int:
+        """Number of ranks on all nodes."""
+        return self.ranks * self.nodes.count
 
 
 def check_call(family: Family, given: Sequence[str], environment: Mapping[str, str]) -> Launch:
@@ -59,13 +66,21 @@ def check_call(family: Family, given: Sequence[str], environment: Mapping[str, s
         said = error.format_message() if isinstance(error, click.UsageError) else str(error)
         problems.append(UsageError(f"EXTRA_ARGS: {said}"))
         config = settings_of(_without(call, "EXTRA_ARGS"), size)
-    layout = config.layout
-    ranks = call.values.get("NPROC_PER_NODE") or gpus or layout.tensor_parallel * layout.pipeline_parallel
+    ranks, device = ranks_of_node(call, config, gpus)
+    nodes = nodes_of(call)
+    problems += [UsageError(text) for text in node_problems(call, nodes, ranks=ranks, gpus=gpus)]
     problems += setting_problems(call, config) + path_problems(call, config)
-    problems += rank_problems(call, config, hf_config, ranks=ranks, gpus=gpus)
+    problems += rank_problems(call, config, hf_config, world=ranks * nodes.count)
     _raise(family, problems)
-    dry_run = bool(call.values.get("DRY_RUN", False))
-    return Launch(config, ranks, "GPU" if gpus else "CPU", parameters, dry_run)
+    return Launch(config, ranks, device, parameters, bool(call.values.get("DRY_RUN", False)), nodes)
+
+
+def ranks_of_node(call: Call, config: TrainConfig, gpus: int) -> tuple[int, str]:
+    """Return how many ranks this node runs and on which device."""
+    said = call.values.get("NPROC_PER_NODE")
+    if said is None and is_cluster(call):
+        return call.values.get(GPUS_OF_NODE, DEFAULT_GPUS), "GPU"
+    return said or gpus or config.layout.tensor_parallel * config.layout.pipeline_parallel, "GPU" if gpus else "CPU"
 
 
 def model_config(call: Call) -> dict[str, Any] | None:
@@ -145,14 +160,12 @@ def missing_files(path: Path) -> list[str]:
 
 
 def rank_problems(
-    call: Call, config: TrainConfig, hf_config: dict[str, Any] | None, *, ranks: int, gpus: int
+    call: Call, config: TrainConfig, hf_config: dict[str, Any] | None, *, world: int
 ) -> list[TemperError]:
-    """Hold the parallel layout against the model and the machine."""
+    """Hold the parallel layout against the model and the `world` of ranks on all nodes."""
     found = untrainable_reasons(hf_config) if hf_config else []
-    if gpus and ranks > gpus:
-        found.append(f"NPROC_PER_NODE is {ranks}, this machine has {gpus} visible GPUs")
     if call.reads(*LAYOUT_WORDS):
-        found += layout_problems(config, mcore_settings(hf_config) if hf_config else _any_model(config), ranks)
+        found += layout_problems(config, mcore_settings(hf_config) if hf_config else _any_model(config), world)
     return [UsageError(text) for text in found]
 
 

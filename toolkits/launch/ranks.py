@@ -13,6 +13,7 @@ def visible_gpus() -> int:
     """Return the number of GPUs that torch sees."""
     if not any(Path(node).exists() for node in DRIVER_NODES):
         return 0
+    quieten_torch()
     import torch
 
     return torch.cuda.device_count()
@@ -26,3 +27,8 @@ def ranks_of_machine(model_parallel: int) -> int:
     if not said.isdecimal() or int(said) < 1:
         raise UsageError(f"NPROC_PER_NODE {said!r} must be a whole number of at least 1")
     return int(said)
+
+
+def quieten_torch() -> None:
+    """Before torch is imported: a peer that goes away is ours to report, not a stack of C++ frames."""
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")

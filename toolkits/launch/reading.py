@@ -13,7 +13,8 @@ from data_preprocessing.dataset import document_prefix
 
 from ..training.config import TrainConfig, as_command
 from ..training.options import settings_options
-from .arguments import VARIABLES, Entry, Family
+from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Family
+from .nodes import Nodes
 
 
 @dataclass(frozen=True)
@@ -47,12 +48,16 @@ def read_call(family: Family, given: Sequence[str], environment: Mapping[str, st
     """Read as many words as `family` has positions, and the variables that are set."""
     assert len(given) == len(family.positions)
     typed = {entry.name: word for entry, word in zip(family.positions, given, strict=True)}
-    typed |= {entry.name: environment[entry.name] for entry in VARIABLES if environment.get(entry.name)}
+    variables = (*VARIABLES, *CLUSTER_VARIABLES) if typed["ENV"] == "dlc" else VARIABLES
+    typed |= {entry.name: environment[entry.name] for entry in variables if environment.get(entry.name)}
     places = {entry.name: f" (position {number})" for number, entry in enumerate(family.positions, 1)}
     values, unread, problems = {}, set(), []
-    for entry in (*family.positions, *VARIABLES):
+    for entry in (*family.positions, *variables):
         word = typed.get(entry.name)
         problem = None if word is None else complaint(entry, word)
+        if word is None and entry.required:
+            problems.append(f"{entry.name} is not set ({entry.help})")
+            unread.add(entry.name)
         if problem is not None:
             problems.append(f"{entry.name}{places.get(entry.name, '')} {word!r} {problem}")
             unread.add(entry.name)
@@ -103,7 +108,11 @@ def in_words_of(family: Family, text: str) -> str:
     return re.sub(r"--([a-z][a-z-]+)", lambda match: names.get(match[1].replace("-", "_"), match[0]), text)
 
 
-def torchrun_line(config: TrainConfig, *, ranks: int, torchrun: str, repository: Path) -> str:
-    """Return the line that starts the same ranks under plain torchrun."""
-    words = [torchrun, "--standalone", f"--nproc-per-node={ranks}", "-m", "toolkits.training", "sft", *config.flags()]
+def torchrun_line(config: TrainConfig, *, ranks: int, nodes: Nodes, torchrun: str, repository: Path) -> str:
+    """Return the line that starts the same ranks of this node under plain torchrun."""
+    where = ["--standalone"]
+    if nodes.count > 1:
+        where = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}"]
+        where += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
+    words = [torchrun, *where, f"--nproc-per-node={ranks}", "-m", "toolkits.training", "sft", *config.flags()]
     return f"PYTHONPATH={shlex.quote(str(repository))} {as_command(words)}"

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import VARIABLES, Entry, Family
+from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Family
 from .reading import complaint
 
 WIDE = 120  # columns where nobody watches
@@ -28,7 +28,7 @@ def print_table(family: Family, given: Sequence[str], *, to_stderr: bool) -> Non
     if given:
         return
     variables = Table("environment", "values", "what it does")
-    for entry in VARIABLES:
+    for entry in (*VARIABLES, *CLUSTER_VARIABLES):
         variables.add_row(entry.name, entry.kind.values, _help(entry))
     console.print(variables)
 
@@ -41,7 +41,8 @@ def markdown_table(family: Family) -> str:
         for number, entry in enumerate(family.positions, 1)
     ]
     lines += ["", "| environment | values | what it does |", "|---|---|---|"]
-    lines += [f"| `{entry.name}` | {entry.kind.values} | {_help(entry)} |" for entry in VARIABLES]
+    variables = (*VARIABLES, *CLUSTER_VARIABLES)
+    lines += [f"| `{entry.name}` | {entry.kind.values} | {_help(entry)} |" for entry in variables]
     return "\n".join(lines)
 
 

@@ -63,29 +63,36 @@ class MicroBatch:
         return int(self.loss_mask.sum())
 
 
-def training_rows(dataset: Dataset, indices: np.ndarray, settings: DataSettings) -> tuple[Rows, list[str]]:
-    """Return the rows made of the conversations `indices`, and one sentence for each thing left out.
+def fitting_samples(dataset: Dataset, settings: DataSettings) -> tuple[list[Sample], list[str]]:
+    """Return the conversations that can be trained on, cut to fit, and a sentence for each thing left out.
 
     Raises DataError when nothing is left, or when `too_long` is `stop` and something is too long.
     """
-    samples, remarks = _fitting(dataset, indices, settings)
+    samples, remarks = _fitting(dataset, settings)
     if not samples:
         raise DataError(f"{dataset.path}: no conversation with a trained token fits --seq-len {settings.seq_len}")
-    if settings.packing:
-        lengths = np.array([sample.length for sample in samples])
-        rows = [tuple(samples[i] for i in members) for members in pack(lengths, settings.seq_len)]
-    else:
-        rows = [(sample,) for sample in samples]
-    return Rows(dataset, rows, settings.seq_len), remarks
+    return samples, remarks
 
 
-def split_indices(dataset: Dataset, *, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Hold out 1% of the conversations, one at least; return (training, validation) indices in order."""
-    if len(dataset) < 2:
-        raise DataError(f"{dataset.path}: {len(dataset)} conversation is too few to hold one out for validation")
-    held_out = max(1, round(len(dataset) * HELD_OUT))
-    order = np.random.default_rng([seed, len(dataset)]).permutation(len(dataset))
-    return np.sort(order[held_out:]), np.sort(order[:held_out])
+def make_rows(dataset: Dataset, samples: Sequence[Sample], settings: DataSettings) -> Rows:
+    """Return rows of whole conversations: packed, or one a row."""
+    if not settings.packing:
+        return Rows(dataset, [(sample,) for sample in samples], settings.seq_len)
+    lengths = np.array([sample.length for sample in samples])
+    rows = [tuple(samples[i] for i in members) for members in pack(lengths, settings.seq_len)]
+    return Rows(dataset, rows, settings.seq_len)
+
+
+def hold_out(samples: Sequence[Sample], *, seed: int) -> tuple[list[Sample], list[Sample]]:
+    """Hold out 1% of the conversations, one at least; return (training, validation), each in order.
+
+    Raises DataError when there are fewer than two.
+    """
+    if len(samples) < 2:
+        raise DataError(f"{len(samples)} conversation that fits is too few to hold one out for validation")
+    held_out = max(1, round(len(samples) * HELD_OUT))
+    order = np.random.default_rng([seed, len(samples)]).permutation(len(samples))
+    return [samples[i] for i in sorted(order[held_out:])], [samples[i] for i in sorted(order[:held_out])]
 
 
 class Batches:
@@ -162,18 +169,18 @@ def packed_params(ends: Sequence[int], *, longest: int) -> PackedSeqParams:
     )
 
 
-def _fitting(dataset: Dataset, indices: np.ndarray, settings: DataSettings) -> tuple[list[Sample], list[str]]:
-    lengths = np.asarray(dataset.lengths)[indices]
+def _fitting(dataset: Dataset, settings: DataSettings) -> tuple[list[Sample], list[str]]:
+    lengths = np.asarray(dataset.lengths)
     long = lengths > settings.seq_len
     if settings.too_long == "stop" and long.any():
-        worst = indices[int(lengths.argmax())]
+        worst = int(lengths.argmax())
         raise DataError(
-            f"{dataset.path}: {long.sum():,} of {len(indices):,} conversations are longer than --seq-len "
+            f"{dataset.path}: {long.sum():,} of {len(lengths):,} conversations are longer than --seq-len "
             f"{settings.seq_len}, the longest {lengths.max():,} tokens (row {worst}); raise SEQ_LEN, or cut them "
             "with --too-long truncate, or leave them out with --too-long drop"
         )
     samples, dropped, untrained = [], 0, 0
-    for index, length, is_long in zip(indices.tolist(), lengths.tolist(), long.tolist(), strict=True):
+    for index, (length, is_long) in enumerate(zip(lengths.tolist(), long.tolist(), strict=True)):
         mask = dataset.mask(index)
         if is_long:
             length = _last_turn_end(mask, settings.seq_len) if settings.too_long == "truncate" else 0

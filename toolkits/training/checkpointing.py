@@ -9,12 +9,14 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
+from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
@@ -22,7 +24,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker
 from conversion.mcore_directory import TRACKER_FILE, step_folders, step_name
 from conversion.safe_pickle import read_metadata
 
-from ..foundation.errors import CheckpointError, TemperError, UsageError
+from ..foundation.errors import CheckpointError, DiskError, TemperError, UsageError
 from ..foundation.publish import publish_directory, temporary_of, write_text
 from .layout import Grid, Layout
 from .optimizer import optimizer_state, restore_optimizer
@@ -78,7 +80,8 @@ def save_step(folder: Path, state: RunState, position: Position, *, keep_last: i
             stack.enter_context(publish_directory(target))
         torch.distributed.barrier()
         temporary = temporary_of(target)
-        dist_checkpointing.save(_sharded_state(state), str(temporary))
+        with _disk_errors_named(target):
+            dist_checkpointing.save(_sharded_state(state), str(temporary))
         torch.distributed.barrier()  # rank 0 has written the metadata
         hashes = gather({path.name: _describe(path) for path in _share(temporary)})
         if rank() == 0:
@@ -91,6 +94,18 @@ def save_step(folder: Path, state: RunState, position: Position, *, keep_last: i
             shutil.rmtree(old)
     torch.distributed.barrier()
     return target
+
+
+@contextlib.contextmanager
+def _disk_errors_named(target: Path) -> Iterator[None]:
+    """Say which step an error of the disk hit: the writer's own errors name no path."""
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointingException) as error:
+        code = getattr(error, "errno", None)
+        if code is None and "No space left" not in str(error):
+            raise
+        raise DiskError(f"writing {target} failed: {error}; earlier steps are whole") from error
 
 
 def check_step(folder: Path, *, contents: bool) -> Saved:

@@ -19,9 +19,11 @@ Recompute = Literal["none", "full", "selective", "offload"]
 TooLong = Literal["truncate", "drop", "stop"]
 
 
-def setting(help: str, default: Any = dataclasses.MISSING, *, at_least: float | None = None) -> Any:
-    """Declare a field with its explanation; `at_least` is the smallest value allowed."""
-    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least})
+def setting(
+    help: str, default: Any = dataclasses.MISSING, *, at_least: float | None = None, below: float = math.inf
+) -> Any:
+    """Declare a field with its explanation; a number is allowed from `at_least` to below `below`."""
+    return dataclasses.field(default=default, metadata={"help": help, "at_least": at_least, "below": below})
 
 
 @dataclass(frozen=True)
@@ -107,8 +109,8 @@ class OptimizerSettings:
     min_lr: float = setting("Learning rate of the last step.", 1e-6, at_least=0)
     warmup_iters: int = setting("Steps of linear warm-up, part of the training steps.", 0, at_least=0)
     weight_decay: float = setting("Weight decay; biases and norms have none.", 0.1, at_least=0)
-    adam_beta1: float = setting("Decay of Adam's first moment.", 0.9, at_least=0)
-    adam_beta2: float = setting("Decay of Adam's second moment.", 0.95, at_least=0)
+    adam_beta1: float = setting("Decay of Adam's first moment.", 0.9, at_least=0, below=1)
+    adam_beta2: float = setting("Decay of Adam's second moment.", 0.95, at_least=0, below=1)
     adam_eps: float = setting("Adam's epsilon.", 1e-8, at_least=0)
     clip_grad: float = setting("Largest gradient norm; 0: no clipping.", 1.0, at_least=0)
 
@@ -206,6 +208,7 @@ class Setting:
     default: Any
     help: str
     at_least: float | None
+    below: float
 
     @property
     def flag(self) -> str:
@@ -221,8 +224,9 @@ class Setting:
         return get_args(self.type) if get_origin(self.type) is Literal else ()
 
     def problems(self, value: Any) -> list[str]:
-        if self.at_least is not None and not self.at_least <= value < math.inf:  # written so that a nan fails too
-            return [f"{self.flag} is {value}, must be a number of at least {self.at_least:g}"]
+        if self.at_least is not None and not self.at_least <= value < self.below:  # written so that a nan fails too
+            limit = "" if self.below == math.inf else f" and below {self.below:g}"
+            return [f"{self.flag} is {value}, must be a number of at least {self.at_least:g}{limit}"]
         if self.choices and value not in self.choices:
             return [f"{self.flag} is {value}, must be one of {', '.join(self.choices)}"]
         return []
@@ -233,8 +237,7 @@ def all_settings() -> Iterator[Setting]:
     for group, kind in get_type_hints(TrainConfig).items():
         types = get_type_hints(kind)
         for field in dataclasses.fields(kind):
-            help, at_least = field.metadata["help"], field.metadata["at_least"]
-            yield Setting(group, field.name, types[field.name], field.default, help, at_least)
+            yield Setting(group, field.name, types[field.name], field.default, **field.metadata)
 
 
 def as_command(words: list[str]) -> str:

@@ -12,7 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 
-from conversion.mcore_directory import step_folders
+from conversion.mcore_directory import step_folders, step_name
 
 from ..foundation.errors import InterruptedRun, NumericsError
 from ..launch.rank import stop_requested
@@ -71,12 +71,13 @@ def train(run: Training) -> Path:
         figures, stop = train_step(run, index)
         run.reporter.step(figures)
         last = figures.step == run.steps
-        save_due = last or stop or _is_due(figures.step, run.config.output.save_interval)
-        if (save_due and not stop) or _is_due(figures.step, run.config.output.eval_interval):
-            loss, tokens = evaluate(run)
-            run.reporter.validated(figures.step, loss, tokens)
-        if save_due:
+        save_due = last or _is_due(figures.step, run.config.output.save_interval)
+        if save_due or stop:
             saved = _save(run, figures.step)
+        if not stop and (save_due or _is_due(figures.step, run.config.output.eval_interval)):
+            stop = _validate(run, figures.step)
+            if stop and saved.name != step_name(figures.step):
+                saved = _save(run, figures.step)
         if stop and not last:
             raise InterruptedRun(
                 f"stopped after step {figures.step} of {run.steps}, saved as {saved}; the same line goes on from there"
@@ -113,16 +114,31 @@ def _optimizer_step(run: Training, index: int) -> float | None:
     return None
 
 
-def evaluate(run: Training) -> tuple[float, int]:
-    """Return the mean loss over all trained tokens of the validation rows, and how many those are."""
-    total, tokens = 0.0, 0
+def _validate(run: Training, step: int) -> bool:
+    """Report the validation loss; return whether a stop was requested, which ends it unfinished."""
+    result = evaluate(run)
+    if result is None:
+        return True
+    run.reporter.validated(step, *result)
+    run.reporter.draw()
+    return False
+
+
+def evaluate(run: Training) -> tuple[float, int] | None:
+    """Return the mean loss over all trained tokens of the validation rows, and how many those are.
+
+    None when a rank was asked to stop on the way.
+    """
+    total, tokens, stop = 0.0, 0, False
     run.model.eval()
     with torch.no_grad():
         for batches in run.validation.evaluation():
-            loss, trained, _ = _forward_backward(run, batches, forward_only=True)
+            loss, trained, stop = _forward_backward(run, batches, forward_only=True)
             total, tokens = total + loss * trained, tokens + trained
+            if stop:
+                break
     run.model.train()
-    return total / tokens, tokens
+    return None if stop else (total / tokens, tokens)
 
 
 def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> tuple[float, int, bool]:

@@ -108,10 +108,10 @@ def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: flo
 
     The last step gets exactly `floor`. Source of the cosine: Loshchilov and Hutter, 2017 (SGDR), one cycle.
     """
-    if step < warmup:
-        return peak * step / warmup
     if step >= steps:
         return floor
+    if step < warmup:
+        return peak * step / warmup
     part = (step - warmup) / (steps - warmup)
     return floor + 0.5 * (peak - floor) * (1 + math.cos(math.pi * part))
 

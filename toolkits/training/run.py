@@ -12,7 +12,8 @@ import torch
 
 from conversion.mcore_directory import step_folders
 
-from ..foundation.publish import require_space
+from ..foundation.errors import UsageError
+from ..foundation.publish import require_space, write_text
 from .batches import Batches, Rows
 from .checkpointing import Position, RunState, Saved, load_step, newest_step, require_loadable
 from .config import TrainConfig
@@ -26,6 +27,7 @@ from .run_folder import claimed
 from .sources import DataSource, ModelSource, find_data, find_model
 from .weights import load_huggingface, load_mcore
 
+EXPORTED = "exported.txt"  # in the run's folder: the step that its export holds
 BYTES_OF_OPTIMIZER = 12  # a parameter: fp32 master weight and two fp32 moments
 
 
@@ -49,6 +51,17 @@ class Plan:
         batch = self.config.batch
         return batch.train_iters or math.ceil(batch.epochs * len(self.data.training) / batch.global_batch_size)
 
+    @property
+    def export(self) -> Path:
+        """Where EXPORT_HF writes."""
+        return self.config.output.output / "huggingface" / self.config.output.name
+
+    def require_warmup_inside(self) -> None:
+        """Raise UsageError when the warm-up leaves no step for the cosine; --epochs is only now known in steps."""
+        warmup = self.config.optimizer.warmup_iters
+        if warmup >= self.steps:
+            raise UsageError(f"--warmup-iters {warmup} leaves nothing of the {self.steps} steps: it is part of them")
+
 
 def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
     """Train as `config` says and return the figures of every step taken.
@@ -60,6 +73,8 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
     layout = layout_of(config, source.settings, int(os.environ["WORLD_SIZE"]))
     plan = Plan(config, source, find_data(config.data, source), layout)
     plan.data.require_one_step(config.batch.global_batch_size)
+    plan.require_warmup_inside()
+    _require_export_free(plan)
     with contextlib.ExitStack() as stack:
         remarks = stack.enter_context(claimed(plan.folder, config, source)) if os.environ["RANK"] == "0" else []
         stack.enter_context(process_groups(layout, seed=config.data.seed))
@@ -67,7 +82,7 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
         with reporter.noting_failure():
             last = _train(plan, objective, resumed, reporter)
     if config.output.export_hf and os.environ["RANK"] == "0":
-        _export(config, last, reporter)
+        _export(plan, last, reporter)
     reporter.say(f"done: {last}")
     return reporter.history
 
@@ -169,18 +184,30 @@ def _amount(rows: Rows) -> str:
 
 
 def _require_space(plan: Plan) -> None:
+    output, parameters = plan.config.output, plan.source.num_parameters
     weights = DTYPES[plan.config.compute.precision].itemsize
+    saves = math.ceil(plan.steps / output.save_interval) if output.save_interval else 1
     # The newest checkpoint is complete before the oldest goes; those of an earlier start are there already.
-    to_write = plan.config.output.keep_last + 1 - len(step_folders(plan.folder))
-    require_space(plan.folder, max(1, to_write) * plan.source.num_parameters * (weights + BYTES_OF_OPTIMIZER))
+    kept = min(saves, output.keep_last + 1 - len(step_folders(plan.folder)))
+    export = weights if output.export_hf else 0
+    require_space(plan.folder, parameters * (max(1, kept) * (weights + BYTES_OF_OPTIMIZER) + export))
 
 
-def _export(config: TrainConfig, saved: Path, reporter: Reporter) -> None:
+def _require_export_free(plan: Plan) -> None:
+    """Refuse, before anything is trained, to export to a folder that this run did not write."""
+    if plan.config.output.export_hf and plan.export.exists() and not (plan.folder / EXPORTED).exists():
+        raise UsageError(
+            f"{plan.export} is there already and not of this run; move it, or choose another OUTPUT_BASEPATH"
+        )
+
+
+def _export(plan: Plan, saved: Path, reporter: Reporter) -> None:
     from conversion.mcore_to_hf import convert
 
-    target = config.output.output / "huggingface" / config.output.name
-    if target.exists() and not reporter.history:
-        reporter.say(f"{target} is there already")
+    note = plan.folder / EXPORTED
+    if plan.export.exists() and note.exists() and note.read_text(encoding="utf-8") == saved.name:
+        reporter.say(f"{plan.export} is there already")
         return
-    convert(saved, target, overwrite=True)  # of an earlier start of this run
-    reporter.say(f"exported {target}")
+    convert(saved, plan.export, overwrite=True)  # what an earlier start of this run exported
+    write_text(note, saved.name)
+    reporter.say(f"exported {plan.export}")

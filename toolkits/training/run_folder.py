@@ -66,8 +66,8 @@ def claimed(folder: Path, config: TrainConfig, source: ModelSource) -> Iterator[
         remarks = _compare(folder, now, config)
         folder.mkdir(parents=True, exist_ok=True)
         remove_unfinished(folder)
-        if not (folder / "hf").exists():
-            with publish_directory(folder / "hf") as temporary:
+        if not step_folders(folder):
+            with publish_directory(folder / "hf", overwrite=True) as temporary:
                 copy_sidecar_files(source.hf_files, temporary)
         write_text(folder / FINGERPRINT, json.dumps(now, indent=1))
         yield remarks

@@ -5,16 +5,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from conversion.hf_checkpoint import is_hf_directory, read_config
 from conversion.mcore_checkpoint import find_step, hf_folder, is_mcore_directory
 from conversion.plan import plan_for, untrainable_reasons
 from data_preprocessing.chat import tokenizer_fingerprint
-from data_preprocessing.dataset import Dataset, open_dataset
+from data_preprocessing.dataset import Dataset, document_prefix, open_dataset
 
 from ..foundation.errors import CheckpointError, DataError, UsageError, raise_all
-from .batches import Rows, split_indices, training_rows
+from .batches import Rows, Sample, fitting_samples, hold_out, make_rows
 from .config import DataSettings, ModelSettings
 
 
@@ -79,19 +77,34 @@ def _config_folder(path: Path) -> Path:
 def find_data(data: DataSettings, model: ModelSource) -> DataSource:
     """Open the datasets, hold them against the model, and make rows; raise DataError when they do not fit."""
     dataset = _open(data.data, model)
-    remarks = _seq_len_remark(dataset, data)
-    if data.valid_data is None or data.valid_data == data.data:
-        training, validation = split_indices(dataset, seed=data.seed)
-        remarks.append(
-            f"{dataset.path}: {len(validation):,} of {len(dataset):,} conversations are held out to validate"
-        )
-        valid_set = dataset
+    samples, remarks = fitting_samples(dataset, data)
+    remarks = _seq_len_remark(dataset, data) + remarks + _position_remark(dataset, samples, model)
+    if validates_on_training_data(data):
+        count = len(samples)
+        samples, held_out = hold_out(samples, seed=data.seed)
+        remarks.append(f"{dataset.path}: {len(held_out):,} of {count:,} conversations are held out to validate")
+        validation = make_rows(dataset, held_out, data)
     else:
-        valid_set = _open(data.valid_data, model)
-        training, validation = np.arange(len(dataset)), np.arange(len(valid_set))
-    training_set, said = training_rows(dataset, training, data)
-    validation_set, also_said = training_rows(valid_set, validation, data)
-    return DataSource(training_set, validation_set, remarks + said + also_said)
+        valid_set = _open(data.valid_data or data.data, model)
+        valid_samples, said = fitting_samples(valid_set, data)
+        remarks += said
+        validation = make_rows(valid_set, valid_samples, data)
+    return DataSource(make_rows(dataset, samples, data), validation, remarks)
+
+
+def validates_on_training_data(data: DataSettings) -> bool:
+    """Whether both prefixes are the same dataset, however they are spelled: a part is held out then."""
+    if data.valid_data is None:
+        return True
+    files = [Path(f"{document_prefix(path)}.bin") for path in (data.data, data.valid_data)]
+    return files[0] == files[1] or (all(file.exists() for file in files) and files[0].samefile(files[1]))
+
+
+def _position_remark(dataset: Dataset, samples: list[Sample], model: ModelSource) -> list[str]:
+    limit, longest = model.settings["max_position_embeddings"], max(sample.length for sample in samples)
+    if longest <= limit:
+        return []
+    return [f"{dataset.path}: the longest conversation has {longest:,} tokens, the model was made for {limit:,}"]
 
 
 def _open(path: Path, model: ModelSource) -> Dataset:

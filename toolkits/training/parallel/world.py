@@ -12,6 +12,7 @@ import torch.distributed
 from ..layout import Layout
 from . import mcore_patches
 
+STAGE_SEED = 100
 TIMEOUT = datetime.timedelta(minutes=30)
 
 
@@ -25,6 +26,8 @@ def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=TIMEOUT)
     parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    # Random weights: equal on the ranks that share a layer, different from one pipeline stage to the next.
+    seed += STAGE_SEED * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     model_parallel_cuda_manual_seed(seed)
     try:

@@ -1,0 +1,253 @@
+"""`temper plan`: the figures that people quote, the recommendation, the launcher's line, and what it refuses."""
+
+import json
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from conversion.plan import plan_for
+from toolkits.cli import temper
+from toolkits.foundation.errors import UsageError
+from toolkits.launch import checks
+from toolkits.launch.arguments import FAMILIES, VARIABLES
+from toolkits.launch.checks import check_call
+from toolkits.planning.figures import quoted
+from toolkits.planning.layouts import Question, answer
+from toolkits.planning.line import AC_WORDS, LAUNCHERS, launcher_line, launcher_of
+from toolkits.planning.memory import run_memory
+from toolkits.planning.states import buckets, states
+from toolkits.planning.timing import flops_per_token
+from toolkits.planning.weights import Tuning, Weight, adapter_parameters, stage_weights
+from toolkits.training.config import TrainConfig, all_settings
+from toolkits.training.layout import layout_of
+
+ROOT = Path(__file__).resolve().parents[1]
+SEVEN_B = {
+    "architectures": ["Qwen2ForCausalLM"],
+    "hidden_size": 3584,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "intermediate_size": 18944,
+    "vocab_size": 152064,
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 32768,
+}
+SEVENTY_TWO_B = SEVEN_B | {
+    "hidden_size": 8192,
+    "num_hidden_layers": 80,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "intermediate_size": 29568,
+}
+PLAN = plan_for(SEVEN_B)
+G = 2**30
+
+
+def config(**values):
+    fields = {"checkpoint": "CKPT", "data": Path("DATA"), "output": Path("OUT"), "train_iters": 10, "seq_len": 4096}
+    return TrainConfig.from_values(fields | {"global_batch_size": 64} | values)
+
+
+def question(plan=PLAN, *, gpus=8, gpu_memory=80, method="full", fixed=(), **values):
+    return Question(plan, config(**values), Tuning(method), gpus, gpu_memory * G, fixed=frozenset(fixed))
+
+
+def figure(name, rank=8):
+    return next(each for each in quoted(PLAN, Tuning(lora_rank=rank)) if each.name.startswith(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "gigabytes"),
+    [("Megatron", 137), ("ZeRO", 122), ('"full"', 112), ("bf16 gradients", 91), ("QLoRA", 5.5)],
+)
+def test_the_figures_of_7b_that_people_quote(name, gigabytes):
+    assert PLAN.num_parameters == 7_615_616_512
+    assert figure(name).value / 1e9 == pytest.approx(gigabytes, abs=0.5 if gigabytes > 10 else 0.05)
+    assert figure(name).derivation
+
+
+def test_lora_on_every_matrix_of_7b_is_20_million():
+    """Per layer r x (rows + columns): q 7168, k and v 4096, o 7168, gate, up and down 22528 each."""
+    assert adapter_parameters(PLAN, 8) == 8 * 28 * (7168 + 2 * 4096 + 7168 + 3 * 22528) == 20_185_088
+    assert figure("LoRA").value == 20_185_088
+    assert "0.265%" in figure("LoRA").derivation
+
+
+@pytest.mark.parametrize(("precision", "distributed", "whole", "shared"), [
+    ("bf16", False, 18, 0), ("bf16", True, 6, 12), ("fp32", False, 16, 0), ("fp32", True, 8, 8),
+])  # fmt: skip
+def test_bytes_of_a_parameter(precision, distributed, whole, shared):
+    weights = [Weight("a", 4096), Weight("b", 1024)]
+    held = states(weights, Tuning(), precision=precision, replicas=4, distributed=distributed)
+    assert held.total == 5120 * whole + 5120 // 4 * shared
+
+
+def test_buffers_pad_weights_to_64_and_buckets_to_128_and_every_rank():
+    laid = buckets([Weight("first", 100, shared=True), Weight("second", 70), Weight("third", 1)], replicas=3)
+    assert [(one.start, one.end, one.weights) for one in laid] == [
+        (0, 384, ((0, 1), (64, 134))),
+        (384, 768, ((384, 484),)),
+    ]
+    assert sum(one.owned(replica, 3) for one in laid for replica in range(3)) == 171
+
+
+def test_pipeline_stages_hold_the_whole_model_once():
+    for first in (0, 10):
+        layout = layout_of(config(pipeline_parallel=4, first_stage_layers=first), PLAN.settings, 8)
+        stages = [stage_weights(PLAN, layout, stage) for stage in range(4)]
+        assert sum(weight.count for weights in stages for weight in weights) == PLAN.num_parameters
+        assert sum(weight.name.endswith("fc2.weight") for weight in stages[0]) == (first or 7)
+
+
+def test_flops_of_a_token():
+    matrices = PLAN.num_parameters - 152064 * 3584  # the input embedding is a look-up
+    assert flops_per_token(PLAN, 4096, Tuning()) == pytest.approx(6 * matrices + 6 * 28 * 3584 * 4096, rel=1e-4)
+
+
+def test_7b_needs_a_split_and_the_answer_says_why():
+    found = answer(question(fixed=["recompute"]))
+    chosen = found.chosen
+    assert chosen is not None and chosen.bytes <= 80 * G * 0.92
+    assert chosen.layout.tensor * chosen.layout.pipeline == 2
+    assert "TP 1 x PP 1 x DP 8, micro batch 1 needs 94." in found.reason
+    assert all(each.time.seconds >= chosen.time.seconds for each in found.candidates if each.bytes <= 80 * G * 0.92)
+
+
+def test_a_card_that_holds_the_model_needs_no_split():
+    found = answer(question(gpu_memory=141))
+    assert found.chosen and found.chosen.layout.tensor * found.chosen.layout.pipeline == 1
+    assert "fits one GPU" in found.reason
+
+
+def test_what_the_user_fixed_is_not_searched():
+    found = answer(question(fixed=["tensor_parallel", "micro_batch_size"], tensor_parallel=4, micro_batch_size=2))
+    assert {(each.layout.tensor, each.config.batch.micro_batch_size) for each in found.candidates} == {(4, 2)}
+
+
+def test_nothing_fits_says_what_would():
+    found = answer(question(plan_for(SEVENTY_TWO_B)))
+    assert found.chosen is None
+    assert "nothing fits" in found.reason and "QLoRA" in found.reason and "not built yet" in found.reason
+
+
+def test_a_layout_against_the_rules_is_refused():
+    with pytest.raises(UsageError, match="TP=3 does not divide"):
+        answer(question(gpus=3, fixed=["tensor_parallel"], tensor_parallel=3))
+
+
+def test_memory_falls_as_each_way_promises():
+    def total(tuning=None, **values):
+        settings = config(tensor_parallel=2, **values)
+        layout = layout_of(settings, PLAN.settings, 8)
+        return max(rank.total for rank in run_memory(PLAN, settings, layout, tuning or Tuning()))
+
+    full = total()
+    assert total(recompute="full") < total(recompute="selective") < full
+    assert total(Tuning("qlora")) < total(Tuning("lora")) < full
+    assert full < total(distributed_optimizer=False) and full < total(sequence_parallel=False)
+    assert full < total(micro_batch_size=2) < 2 * full
+
+
+def run(*words):
+    result = CliRunner().invoke(temper, ["plan", *words], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.output
+
+
+@pytest.fixture
+def model(tmp_path):
+    folder = tmp_path / "a model"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(SEVEN_B))
+    return folder
+
+
+def test_the_line_passes_the_launchers_own_check(model, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(checks, "visible_gpus", lambda: 8)
+    for entry in VARIABLES:
+        monkeypatch.delenv(entry.name, raising=False)
+    for ending in (".bin", ".idx"):
+        (tmp_path / f"DATA_text_document{ending}").touch()
+    said = json.loads(run("--config", str(model), "--seq-len", "4096", "--global-batch-size", "64", "--json"))
+    assert (
+        run("--config", str(model), "--seq-len", "4096", "--global-batch-size", "64").splitlines()[-1] == said["line"]
+    )
+    environment, *words = shlex.split(said["line"])
+    assert words[:2] == ["sh", "run_scripts/run_mcore_qwen.sh"] and (ROOT / words[1]).is_file()
+    job = check_call(FAMILIES["qwen"], words[2:], dict([environment.split("=")]))
+    best = said["recommended"]
+    assert (job.ranks, job.config.layout.tensor_parallel) == (8, best["tensor"])
+    assert job.config.layout.pipeline_parallel == best["pipeline"]
+    assert job.config.batch.micro_batch_size == best["micro_batch_size"]
+    assert job.config.data.seq_len == 4096 and job.config.batch.global_batch_size == 64
+
+
+def test_what_is_not_built_is_named_and_gets_no_line(model):
+    said = json.loads(run("--config", str(model / "config.json"), "--method", "qlora", "--json"))
+    assert said["fits"] and said["line"] is None
+    assert said["refused"] == ["--method qlora is not built yet"]
+    ways = {(way["method"], way["recompute"]): way["not_built"] for way in said["ways"]}
+    assert ways[("full", "none")] == [] and ways[("lora", "none")]
+    shown = run("--config", str(model), "--method", "lora")
+    assert "refused   --method lora is not built yet" in shown and "run_mcore_qwen.sh" not in shown
+
+
+def test_more_than_a_node_is_the_launchers_business(model):
+    said = json.loads(run("--config", str(model), "--gpus", "16", "--global-batch-size", "64", "--json"))
+    assert said["fits"]
+    assert "dlc" in (said["line"] or said["refused"][0])
+
+
+def test_an_estimate_is_called_one(model):
+    shown = " ".join(run("--config", str(model), "--gpu-tflops", "400").split())
+    assert (
+        "ESTIMATE, not measured" in shown and "assumes 400 TFLOP/s" in shown and "for the checkpoints: 2 kept" in shown
+    )
+
+
+@pytest.mark.parametrize("amount", ["80", "G", "0G", "-1G", "80K"])
+def test_an_amount_of_memory_needs_a_unit(model, amount):
+    result = CliRunner().invoke(temper, ["plan", "--config", str(model), "--gpu-memory", amount])
+    assert result.exit_code == 2 and "is not an amount such as 80G" in result.output
+
+
+def test_a_model_that_does_not_train_exactly_gets_no_line(model):
+    (model / "config.json").write_text(json.dumps(SEVEN_B | {"use_sliding_window": True}))
+    said = json.loads(run("--config", str(model), "--json"))
+    assert said["line"] is None and "sliding-window" in said["refused"][0]
+
+
+def test_every_way_of_recomputing_has_its_launcher_word():
+    setting = next(each for each in all_settings() if each.name == "recompute")
+    entry = next(each for each in FAMILIES["qwen"].positions if each.name == "AC")
+    assert set(AC_WORDS) == set(setting.choices)
+    assert set(AC_WORDS.values()) <= set(entry.kind.examples)
+
+
+def test_every_launcher_of_the_planner_has_a_word_for_every_position():
+    layout = layout_of(config(), PLAN.settings, 8)
+    for family in map(launcher_of, LAUNCHERS):
+        line = launcher_line(family, config(), layout, num_parameters=PLAN.num_parameters, checkpoint="CKPT")
+        assert len(shlex.split(line)) == 3 + len(family.positions)
+
+
+def test_planning_imports_no_torch(model):
+    script = f"""
+import sys
+from toolkits.cli import temper
+try:
+    temper(["plan", "--config", {str(model)!r}])
+except SystemExit as leaving:
+    assert not leaving.code
+    print(*sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert not {"torch", "megatron", "transformers"} & set(done.stdout.splitlines()[-1].split())

@@ -1,0 +1,89 @@
+"""Figures of a whole model: those that people quote, each with its derivation, and the disk that checkpoints take."""
+
+from dataclasses import dataclass
+
+from conversion.plan import Plan
+
+from ..launch.arguments import FAMILIES
+from ..launch.kinds import ModelSize
+from ..training.config import TrainConfig
+from ..training.layout import Layout
+from .layouts import gigabytes
+from .states import ELEMENT, NF4_BYTES
+from .weights import Tuning, adapter_parameters, stage_weights
+
+OPTIMIZER_ON_DISK = 12  # bytes a parameter: fp32 weight and two fp32 moments
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A number of bytes (of parameters for `unit` "parameters") and where it comes from."""
+
+    name: str
+    value: float
+    derivation: str
+    unit: str = "bytes"
+
+    @property
+    def text(self) -> str:
+        return gigabytes(self.value) if self.unit == "bytes" else f"{self.value / 1e6:.1f} M"
+
+
+def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
+    """Return what is said of the model's training memory: states only, summed over all ranks."""
+    count, nominal = plan.num_parameters, _nominal(plan.num_parameters)
+    billions = f"{count / 1e9:.3f} B"
+    adapters = adapter_parameters(plan, tuning.lora_rank)
+    quantised = qlora_weights(plan)
+    return [
+        Figure(
+            "Megatron, AdamW, bf16",
+            18 * count,
+            f"{billions} x 18 B: weight 2, fp32 gradient 4, fp32 weight 4, two fp32 moments 8",
+        ),
+        Figure(
+            "ZeRO paper's mixed precision",
+            16 * count,
+            f"{billions} x 16 B: weight 2, gradient 2, fp32 weight 4, moments 8 (Rajbhandari et al., 2020)",
+        ),
+        Figure(
+            '"full" as people quote it',
+            16 * nominal,
+            f"the same 16 B x the name's {nominal / 1e9:g} B instead of {billions}",
+        ),
+        Figure(
+            "bf16 gradients and moments",
+            12 * count,
+            f"{billions} x 12 B: weight 2, gradient 2, fp32 weight 4, two bf16 moments 4 (not built yet)",
+        ),
+        Figure(
+            f"LoRA r={tuning.lora_rank}, all matrices",
+            adapters,
+            f"r x (rows + columns) of q, k, v, o, gate, up, down of every layer: {adapters / count:.3%} of {billions}",
+            unit="parameters",
+        ),
+        Figure(
+            "QLoRA's frozen weights",
+            quantised,
+            f"matrices of the layers {NF4_BYTES * 8:.3f} bits (NF4, double quantisation), all else 2 B",
+        ),
+    ]
+
+
+def qlora_weights(plan: Plan) -> float:
+    """Return the bytes of the model when the matrices of its layers are NF4 and all else is bf16."""
+    weights = stage_weights(plan, Layout(1, 1, 1, False, 1), 0)
+    return sum(weight.count * (NF4_BYTES if weight.linear else ELEMENT["bf16"]) for weight in weights)
+
+
+def disk_bytes(plan: Plan, config: TrainConfig, tuning: Tuning) -> int:
+    """Return the space that checkpoints take: KEEP_LAST and the one being written, weights and optimizer."""
+    count = plan.num_parameters if tuning.method == "full" else adapter_parameters(plan, tuning.lora_rank)
+    return (config.output.keep_last + 1) * count * (ELEMENT[config.compute.precision] + OPTIMIZER_ON_DISK)
+
+
+def _nominal(count: int) -> float:
+    """Return the size in a launcher's list that is nearest to `count`: the number in the model's name."""
+    kinds = [entry.kind for family in FAMILIES.values() for entry in family.positions]
+    sizes = [kind.read(word) for kind in kinds if isinstance(kind, ModelSize) for word in kind.known]
+    return min((size for size in sizes if size is not None), key=lambda size: abs(size - count))

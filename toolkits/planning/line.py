@@ -1,0 +1,87 @@
+"""The launcher's line of a plan, through the launchers' own table, and what that table does not build yet."""
+
+import shlex
+from collections.abc import Mapping
+
+from ..foundation.errors import UsageError, raise_all
+from ..launch.arguments import FAMILIES, Family
+from ..launch.kinds import human_size
+from ..launch.reading import complaint
+from ..training.config import TrainConfig
+from ..training.layout import Layout
+
+LAUNCHERS = {"qwen2": "qwen"}  # a family of conversion/families -> its launcher
+AC_WORDS = {"none": "false", "full": "full", "selective": "sel", "offload": "offload"}
+TRAINED_METHODS = ("full",)
+DATA, OUT = "DATA", "OUT"  # left to the user
+TRAIN_ITERS, WARMUP_ITERS = "1000", "100"
+GPUS_OF_NODE = 8
+
+
+def launcher_of(family: str) -> Family | None:
+    """Return the launcher of a model family, or None when it has none."""
+    name = LAUNCHERS.get(family)
+    return None if name is None else FAMILIES[name]
+
+
+def launcher_line(family: Family, config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str) -> str:
+    """Return the line that starts the run; raise UsageError for a word that the launcher's table refuses."""
+    words = _words(config, layout, num_parameters=num_parameters, checkpoint=checkpoint)
+    problems = []
+    for entry in family.positions:
+        problem = complaint(entry, words[entry.name])
+        if problem is not None:
+            problems.append(f"{entry.name} {words[entry.name]} {problem}")
+    raise_all(UsageError, family.script, problems)
+    typed = shlex.join(words[entry.name] for entry in family.positions)
+    return f"NPROC_PER_NODE={min(layout.world, GPUS_OF_NODE)} sh run_scripts/{family.script} {typed}"
+
+
+def not_built(method: str, recompute: str) -> list[str]:
+    """Return what `temper train` refuses today of a way of tuning, by name."""
+    found = [] if method in TRAINED_METHODS else [f"--method {method} is not built yet"]
+    entries = {entry.name: entry for family in FAMILIES.values() for entry in family.positions}
+    word = AC_WORDS[recompute]
+    problem = complaint(entries["AC"], word)
+    return found + ([f"AC={word} {problem}"] if problem else [])
+
+
+def _words(config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str) -> Mapping[str, str]:
+    """Return a word for every position that a launcher has, by its name."""
+    said = config.values()
+    return {
+        "ENV": "dsw" if layout.world <= GPUS_OF_NODE else "dlc",
+        "MODEL_SIZE": human_size(num_parameters),
+        "BATCH_SIZE": str(said["micro_batch_size"]),
+        "GLOBAL_BATCH_SIZE": str(said["global_batch_size"]),
+        "LR": _short(said["lr"]),
+        "MIN_LR": _short(said["min_lr"]),
+        "SEQ_LEN": str(said["seq_len"]),
+        "PAD_LEN": str(said["seq_len"]),
+        "PR": said["precision"],
+        "TP": str(layout.tensor),
+        "PP": str(layout.pipeline),
+        "CP": "1",
+        "SP": _switch(said["sequence_parallel"]),
+        "DO": _switch(said["distributed_optimizer"]),
+        "FL": _switch(said["flash_attention"]),
+        "SFT": "true",
+        "AC": AC_WORDS[said["recompute"]],
+        "OPTIMIZER_OFFLOAD": "false",
+        "SAVE_INTERVAL": TRAIN_ITERS,
+        "DATASET_PATH": DATA,
+        "VALID_DATASET_PATH": DATA,
+        "PRETRAIN_CHECKPOINT_PATH": checkpoint,
+        "TRAIN_TOKENS_OR_ITERS": TRAIN_ITERS,
+        "WARMUP_TOKENS_OR_ITERS": WARMUP_ITERS,
+        "OUTPUT_BASEPATH": OUT,
+    }
+
+
+def _switch(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def _short(number: float) -> str:
+    """1e-05 -> 1e-5, as people type it."""
+    return f"{number:g}".replace("e-0", "e-")
