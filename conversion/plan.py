@@ -15,6 +15,10 @@ from .families import family_for
 from .families.family import Copy, FusedQkv, ModelFamily, WeightRule
 
 MERGED_LAYERS = "decoder.layers."
+MOST_LAYERS = 10_000  # beyond, a config.json is not believed
+
+# Either spelling of config.json keeps the rotary positions in one of these, or at the top.
+ROPE_PLACES = ("rope_parameters", "rope_scaling")
 
 # What to look at in config.json when an axis has another length than expected.
 SIZE_FIELDS = {
@@ -152,13 +156,13 @@ def mcore_settings(hf_config: Mapping[str, object]) -> dict[str, object]:
         if value is None:
             missing.append(setting.hf)
         settings[setting.mcore] = value
-    rotary_base = _rope_field(hf_config, "rope_theta")
+    rotary_base = next(iter(_rope_bases(hf_config).values()), None)
     if rotary_base is None:
         missing.append("rope_theta (or rope_parameters.rope_theta)")
     if missing:
         raise CheckpointError(f"config.json of family {family.name} lacks {', '.join(missing)}")
     settings["rotary_base"] = rotary_base
-    _check_numbers(family, hf_config)
+    _check_numbers(family, hf_config, rotary_base)
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     assert isinstance(heads, int) and isinstance(hidden, int)
     settings["kv_channels"] = hf_config.get("head_dim") or hidden // heads
@@ -179,32 +183,50 @@ def untrainable_reasons(hf_config: Mapping[str, object]) -> list[str]:
         value = hf_config.get(condition.hf)
         if value not in condition.allowed:
             reasons.append(f"config.json says {condition.hf}={value}: {condition.reason}")
-    rope_type = _rope_field(hf_config, "rope_type") or _rope_field(hf_config, "type")
-    if rope_type not in (None, "default"):
-        reasons.append(f"config.json asks for {rope_type} rotary positions: only the default ones are built")
+    for place in ROPE_PLACES:
+        nested = hf_config.get(place)
+        kind = (nested.get("rope_type") or nested.get("type")) if isinstance(nested, dict) else None
+        if kind not in (None, "default"):
+            reasons.append(f"config.json asks for {kind} rotary positions in {place}: only the default ones are built")
+    bases = _rope_bases(hf_config)
+    if len(set(bases.values())) > 1:
+        said = ", ".join(f"{place} {base}" for place, base in bases.items())
+        reasons.append(f"config.json contradicts itself on rope_theta: {said}")
     layer_types = hf_config.get("layer_types")
     if isinstance(layer_types, list) and set(layer_types) - {"full_attention"}:
         reasons.append("config.json asks for layer_types other than full_attention: they are not built")
     return reasons
 
 
-def _rope_field(hf_config: Mapping[str, object], field: str) -> object:
-    """Look `field` up where either spelling of config.json keeps it."""
-    for place in ("rope_parameters", "rope_scaling"):
-        nested = hf_config.get(place)
-        if isinstance(nested, dict) and nested.get(field) is not None:
-            return nested[field]
-    return hf_config.get("rope_theta") if field == "rope_theta" else None
+def _rope_bases(hf_config: Mapping[str, object]) -> dict[str, object]:
+    """Return the base of the rotary positions from each place of config.json that says it."""
+    places = {place: nested for place in ROPE_PLACES if isinstance(nested := hf_config.get(place), dict)}
+    bases = {f"{place}.rope_theta": nested.get("rope_theta") for place, nested in places.items()}
+    bases["rope_theta"] = hf_config.get("rope_theta")
+    return {place: base for place, base in bases.items() if base is not None}
 
 
-def _check_numbers(family: ModelFamily, hf_config: Mapping[str, object]) -> None:
-    whole = ["num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size"]
-    if hf_config.get("head_dim") is not None:
-        whole.append("head_dim")
-    wrong = [name for name in whole if type(hf_config[name]) is not int or hf_config[name] < 1]  # type: ignore[operator]
-    if wrong:
-        said = ", ".join(f"{name}={hf_config.get(name)!r}" for name in wrong)
-        raise CheckpointError(f"config.json of family {family.name} needs whole positive numbers, it says {said}")
+def _check_numbers(family: ModelFamily, hf_config: Mapping[str, object], rotary_base: object) -> None:
+    whole = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
+    wrong = [name for name in whole if type(hf_config.get(name)) is not int or int(str(hf_config[name])) < 1]
+    head_dim = hf_config.get("head_dim")
+    if head_dim is not None and (type(head_dim) is not int or head_dim < 1):
+        wrong.append("head_dim")
+    if not wrong and int(str(hf_config["num_hidden_layers"])) > MOST_LAYERS:
+        wrong.append("num_hidden_layers")
+    if not _is_positive(hf_config.get("rms_norm_eps", 1.0)):
+        wrong.append("rms_norm_eps")
+    said = [f"{name}={hf_config.get(name)!r}" for name in wrong]
+    if not _is_positive(rotary_base):
+        said.append(f"rope_theta={rotary_base!r}")
+    if said:
+        raise CheckpointError(
+            f"config.json of family {family.name} needs sensible positive numbers, it says {', '.join(said)}"
+        )
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _check_heads(settings: Mapping[str, object], *, has_head_dim: bool) -> None:

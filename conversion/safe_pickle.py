@@ -283,8 +283,8 @@ def _plain_name(path: str) -> str:
 def scan_directory(step: Path) -> None:
     """Refuse a step folder in which anything asks for code.
 
-    Looks at `.metadata`, at `common.pt` and every other .pt file, and at each byte object of the .distcp
-    files. Call it before anything of torch or Megatron-core opens the folder. Raises CheckpointError
+    Looks at `.metadata`, at `common.pt` and every other .pt file, and at each tensor and byte object of the
+    .distcp files. Call it before anything of torch or Megatron-core opens the folder. Raises CheckpointError
     ("refusing executable content in FILE: it asks for os.system"); nothing has run by then.
     """
     step = Path(step)
@@ -297,6 +297,10 @@ def scan_directory(step: Path) -> None:
         source = f"{step / chunk.file} ({key})"
         archive = Archive(files.file(chunk.file), chunk.start, chunk.length, source=source)
         _scan(archive, may_nest="_extra_state" in key)
+    for key, tensor in metadata.tensors.items():
+        for chunk in tensor.chunks:
+            source = f"{step / chunk.file} ({key})"
+            _scan(Archive(files.file(chunk.file), chunk.start, chunk.length, source=source), may_nest=False)
 
 
 def _scan(archive: Archive, *, may_nest: bool) -> None:

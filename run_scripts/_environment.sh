@@ -22,7 +22,8 @@ make_venv() {
 }
 
 prepare() {
-    export PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
+    # Safe path: another clone in the current folder must not be imported instead of this one.
+    export PYTHONSAFEPATH=1 PYTHONPATH="$repository${PYTHONPATH:+:$PYTHONPATH}"
     if [ -n "${PYTHON:-}" ]; then
         python=$PYTHON
         return

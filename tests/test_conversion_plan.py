@@ -123,6 +123,9 @@ def test_missing_fields_are_named_all_at_once():
         ({"vocab_size": "251"}, "vocab_size='251'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"head_dim": 7.5}, "head_dim=7.5"),
+        ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
+        ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0"),
     ],
 )
 def test_numbers_that_cannot_be(change, message):
@@ -136,12 +139,19 @@ def test_what_is_converted_but_not_trained_is_said():
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
         ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn rotary positions"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4}}, "linear rotary positions"),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4}}, "linear rotary positions"),
+        ({"rope_parameters": {"rope_theta": 1e4}}, "contradicts itself on rope_theta"),
         ({"layer_types": ["sliding_attention"] * 4}, "layer_types other than full_attention"),
     ):
         (found,) = untrainable_reasons({**TIED, **change})
         assert reason in found
         assert plan_for({**TIED, **change}).steps
+
+
+def test_yarn_beside_the_other_spellings_default_is_seen():
+    """transformers takes it from there; reading the first place alone would train plain positions."""
+    (found,) = untrainable_reasons({**UNTIED, "rope_scaling": {"type": "yarn", "factor": 4.0}})
+    assert "yarn rotary positions in rope_scaling" in found
 
 
 def test_an_unknown_architecture_lists_the_known_ones():

@@ -53,6 +53,21 @@ def test_our_own_bug_says_so_and_shows_where(capsys):
     assert "This is a bug in Temper" in said and "assert 1 == 2" in said
 
 
+def test_text_that_ends_a_program_is_said():
+    said = []
+    assert errors.run_guarded(lambda: sys.exit("no"), say=said.append) == 1
+    assert said == ["no"]
+
+
+def test_ctrl_c_in_a_command_is_an_interruption(tmp_path):
+    script = "import os, signal, toolkits.cli as cli, click\n"
+    script += "cli.temper.add_command(click.Command('wait', callback=lambda: os.kill(os.getpid(), signal.SIGINT)))\n"
+    script += "cli.temper.table['wait'] = ('toolkits.cli', 'wait', '')\n"
+    script += "cli.wait = cli.temper.commands['wait']\nimport sys; sys.argv = ['temper', 'wait']\ncli.main()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, cwd=os.getcwd())
+    assert done.returncode == 75 and "interrupted" in done.stderr, done.stderr
+
+
 def test_a_directory_appears_only_when_complete(tmp_path):
     target = tmp_path / "model"
     with publish_directory(target) as folder:

@@ -125,7 +125,7 @@ def test_every_value_works_or_is_refused_by_name(entry: Entry, word: str, positi
     elif entry in CLUSTER_VARIABLES:
         assert check({**NODE, **_companions(entry.name, word), entry.name: word}, ENV="dlc")
     elif not position and entry.kind.__class__.__name__ != "Text":
-        assert check({entry.name: word})
+        assert check({entry.name: word}, **_companions(entry.name, word))
 
 
 def _companions(name: str, word: str) -> dict[str, str]:
@@ -138,6 +138,7 @@ def _companions(name: str, word: str) -> dict[str, str]:
         "MIN_LR": {"LR": "5"},
         "LR": {"MIN_LR": "0"},
         "WORLD_SIZE": {"RANK": "0"},
+        "MP_PP0_LAYERS": {"PP": "2"},
         "TRAIN_TOKENS_OR_ITERS": {"WARMUP_TOKENS_OR_ITERS": "0"},
     }.get(name, {})
 
@@ -257,8 +258,8 @@ def test_the_variables_reach_the_settings() -> None:
     assert (config.batch.epochs, config.batch.train_iters) == (3.0, 0)
     assert (config.data.packing, config.output.export_hf, config.output.keep_last) == (False, True, 5)
     assert "-ti-3epochs-" in config.output.name
-    extra = check({"EXTRA_ARGS": "--weight-decay 0.5 --no-packing --name 'my run'", "EPOCHS": ""}).config
-    assert (extra.optimizer.weight_decay, extra.data.packing, extra.output.name) == (0.5, False, "my run")
+    extra = check({"EXTRA_ARGS": "--weight-decay 0.5 --no-packing --too-long 'drop'", "EPOCHS": ""}).config
+    assert (extra.optimizer.weight_decay, extra.data.packing, extra.data.too_long) == (0.5, False, "drop")
     assert "EXTRA_ARGS: " in str(refusal({"EXTRA_ARGS": "'open"}))
     assert "EXTRA_ARGS: " in str(refusal({"EXTRA_ARGS": "--precision fp4"}))
 
@@ -329,10 +330,10 @@ def test_dry_run_prints_a_line_that_says_the_same(monkeypatch, capsys, home: Pat
     assert printed[0].startswith("PYTHONPATH=") and Path(printed[1]).name == "torchrun"
     assert printed[start : start + 3] == ["-m", "toolkits.training", "sft"]
     assert "--nproc-per-node=1" in printed
-    from toolkits.launch.reading import with_flags
+    from toolkits.training.options import parse_flags
 
     config = check_call(QWEN, words, {}).config
-    assert with_flags(config, printed[start + 3 :]) == config
+    assert parse_flags(printed[start + 3 :]) == config
     assert printed[start + 3 :] == config.flags()
 
 
@@ -360,3 +361,22 @@ def test_the_readme_shows_this_table() -> None:
     if opening not in readme:
         pytest.skip("the README has no launcher table yet")
     assert readme.split(opening)[1].split(closing)[0].strip() == markdown_table(QWEN)
+
+
+def test_flags_that_the_checks_rest_on_are_not_taken_from_extra_args() -> None:
+    for flags in ("--checkpoint /elsewhere", "--name ../../esc", "--output=/elsewhere --lr 1"):
+        assert "the positions and variables say that" in str(refusal({"EXTRA_ARGS": flags}))
+
+
+def test_resume_recompute_and_uneven_stages_reach_the_settings() -> None:
+    said = {"RESUME": "never", "MP_AC_LAYERS": "2", "MP_PP0_LAYERS": "4"}
+    config = check(said, AC="sel", PP="2", PR="fp16").config
+    assert (config.output.resume, config.compute.recompute, config.compute.precision) == (False, "selective", "fp16")
+    assert (config.compute.recompute_layers, config.layout.first_stage_layers) == (2, 4)
+
+
+def test_every_entry_is_a_setting_or_the_launchers_own_business() -> None:
+    own = {"ENV", "MODEL_SIZE", "PAD_LEN", "CP", "SFT", "OPTIMIZER_OFFLOAD", "DRY_RUN", "EXTRA_ARGS", "NPROC_PER_NODE"}
+    own |= {"MP_DATASET_TYPE", "MP_VP"}
+    entries = (*QWEN.positions, *VARIABLES)
+    assert {entry.name for entry in entries if entry.setting is None} == own

@@ -6,15 +6,13 @@ Run as a script this file is one rank: `RANK=.. python test_planning_truth.py CA
 import dataclasses
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
-from training_world import ROOT, TINY
+from training_world import ROOT, TINY, free_ports
 
 from conversion.plan import plan_for
 from toolkits.planning import activations
@@ -112,21 +110,6 @@ def measured(tmp_path_factory):
     assert codes == [0] * RANKS, "\n".join((folder / f"{rank}.log").read_text() for rank in range(RANKS))
     said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
     return {case["name"]: [each[case["name"]] for each in said if case["name"] in each] for case in cases}
-
-
-def free_ports(count):
-    """Ports below those that the kernel hands out: nothing that the ranks open meanwhile can take them."""
-    ports = iter(random.sample(range(15000, 32000), 1000))
-    return [next(filter(is_free, ports)) for _ in range(count)]
-
-
-def is_free(port):
-    with socket.socket() as one:
-        try:
-            one.bind(("127.0.0.1", port))
-        except OSError:
-            return False
-    return True
 
 
 def wait(ranks):

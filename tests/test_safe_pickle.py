@@ -49,10 +49,10 @@ def saved(value):
     return buffer.getvalue()
 
 
-def replace_object(step, raw):
-    """Put `raw` in the place of the byte object KEY of a step folder."""
+def replace_object(step, raw, key=KEY):
+    """Put `raw` in the place of an object of a step folder."""
     metadata = pickle.loads((step / ".metadata").read_bytes())
-    place = next(info for index, info in metadata.storage_data.items() if index.fqn == KEY)
+    place = next(info for index, info in metadata.storage_data.items() if index.fqn == key)
     place.relative_path, place.offset, place.length = "evil.distcp", 0, len(raw)
     (step / "evil.distcp").write_bytes(raw)
     (step / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -220,3 +220,10 @@ def test_an_archive_holds_its_tensor_as_torch_saved_it(tmp_path):
     content = MappedFile(tmp_path / "x")
     archive = Archive(content, 13, len(content) - 13, source="here")
     assert torch.equal(archive.tensor(), whole[1:3].t())
+
+
+@pytest.mark.parametrize("write", [saved, pickle.dumps])
+def test_a_payload_in_the_place_of_a_tensor_is_scanned_for_training_too(mcore, tmp_path, environment, write):
+    ran = tmp_path / "ran"
+    replace_object(mcore / "release", write([Payload(ran)]), key="decoder.final_layernorm.weight")
+    refused(mcore / "release", r"refusing executable content in .*evil.distcp .*: it asks for os.system", ran)

@@ -132,24 +132,28 @@ def run_cases(folder, ranks, cases):
 
 
 def free_ports(count):
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
+    """Ports below those that the kernel hands out: nothing that the ranks open meanwhile can take them."""
+    ports = iter(random.sample(range(15000, 32000), 1000))
+    return [next(filter(is_free, ports)) for _ in range(count)]
+
+
+def is_free(port):
+    with socket.socket() as one:
+        try:
+            one.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
 
 
 def rank_main(cases):
-    from toolkits.commands.train import read_config
     from toolkits.training.objectives import sft
+    from toolkits.training.options import parse_flags
     from toolkits.training.run import run
 
     for case in json.loads(cases.read_text()):
         os.environ["MASTER_PORT"] = str(case["port"])
-        history = run(read_config(case["flags"]), sft)
+        history = run(parse_flags(case["flags"]), sft)
         if os.environ["RANK"] == "0":
             figures = [dataclasses.asdict(step) for step in history]
             (cases.parent / f"{case['name']}.json").write_text(json.dumps(figures))

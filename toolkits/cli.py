@@ -52,7 +52,17 @@ def temper(traceback: bool) -> None:
 
 def main() -> None:
     """Entry point of the console command."""
-    sys.exit(run_guarded(temper))
+    sys.exit(run_guarded(_command))
+
+
+def _command() -> None:
+    try:
+        temper(standalone_mode=False)
+    except click.ClickException as error:
+        error.show()
+        raise SystemExit(error.exit_code) from None
+    except click.Abort:  # click's word for Ctrl-C
+        raise KeyboardInterrupt from None
 
 
 if __name__ == "__main__":

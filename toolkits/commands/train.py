@@ -16,7 +16,9 @@ def train() -> None:
 
 @train.command("sft")
 @settings_options
-@click.option("--ranks", type=int, help="Ranks on this machine; default: its GPUs, or TP x PP without one.")
+@click.option(
+    "--ranks", type=click.IntRange(min=1), help="Ranks on this machine; default: its GPUs, or TP x PP without one."
+)
 def sft(ranks: int | None, **values: Any) -> None:
     """Supervised fine-tuning of all parameters."""
     from ..launch.elastic import start_ranks
@@ -27,14 +29,3 @@ def sft(ranks: int | None, **values: Any) -> None:
     layout = config.layout
     count = ranks or ranks_of_machine(layout.tensor_parallel * layout.pipeline_parallel)
     sys.exit(start_ranks(["sft", *config.flags()], ranks=count))
-
-
-def read_config(arguments: list[str]) -> TrainConfig:
-    """Read the flags of one rank, as `TrainConfig.flags` writes them."""
-    return TrainConfig.from_values(_rank_flags.main(arguments, standalone_mode=False))
-
-
-@click.command()
-@settings_options
-def _rank_flags(**values: Any) -> dict[str, Any]:
-    return values

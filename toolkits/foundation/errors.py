@@ -97,13 +97,16 @@ def describe(error: BaseException) -> str:
     return f"error: {message}"
 
 
-def run_guarded(main: Callable[[], object]) -> int:
-    """Run `main`; print what goes wrong to stderr and return the exit code."""
+def run_guarded(main: Callable[[], object], *, say: Callable[[str], object] | None = None) -> int:
+    """Run `main`, `say` what goes wrong (to stderr unless told otherwise), and return the exit code."""
+    say = say or (lambda message: print(message, file=sys.stderr, flush=True))
     try:
         main()
     except SystemExit as leaving:
+        if isinstance(leaving.code, str):
+            say(leaving.code)
         return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
     except BaseException as error:  # every kind has an exit code of its own
-        print(describe(error), file=sys.stderr, flush=True)
+        say(describe(error))
         return exit_code_of(error)
     return 0

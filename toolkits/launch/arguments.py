@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from .kinds import SWITCH, Integer, Kind, ModelSize, Number, Offload, OneOf, Text, words
 from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes
 
+RECOMPUTE = {"false": "none", "none": "none", "full": "full", "sel": "selective", "offload": "offload"}
+
 
 @dataclass(frozen=True)
 class Entry:
@@ -52,7 +54,7 @@ def _dense(sizes: tuple[str, ...]) -> tuple[Entry, ...]:
         Entry("MIN_LR", Number(), "reached at the last iteration", "min_lr"),
         Entry("SEQ_LEN", Integer(2), "tokens in a row, whatever the dataset was built with", "seq_len"),
         Entry("PAD_LEN", Integer(), "padding length of raw JSON data, at most SEQ_LEN"),
-        Entry("PR", words("bf16", "fp32", not_built=("fp16", "fp8")), "number format", "precision"),
+        Entry("PR", words("bf16", "fp16", "fp32", not_built=("fp8",)), "number format", "precision"),
         Entry("TP", Integer(), "tensor parallel ranks", "tensor_parallel"),
         Entry("PP", Integer(), "pipeline stages", "pipeline_parallel"),
         Entry("CP", Integer(built_to=1), "context parallel ranks"),
@@ -60,7 +62,9 @@ def _dense(sizes: tuple[str, ...]) -> tuple[Entry, ...]:
         Entry("DO", SWITCH, "distributed optimizer (ZeRO-1)", "distributed_optimizer"),
         Entry("FL", SWITCH, "flash attention, or the exact reference path", "flash_attention"),
         Entry("SFT", OneOf({"true": True}, ("false",)), "fine-tuning; false: continued pre-training"),
-        Entry("AC", words("false", "none", not_built=("full", "sel", "offload")), "activation recompute or offload"),
+        Entry(
+            "AC", OneOf(RECOMPUTE), "activations: kept, recomputed (all, the attention) or in CPU memory", "recompute"
+        ),
         Entry("OPTIMIZER_OFFLOAD", Offload(), "optimizer state in CPU memory"),
         Entry("SAVE_INTERVAL", Integer(0), "iterations between checkpoints; 0: only the last", "save_interval"),
         Entry("DATASET_PATH", Text("prefix"), "P, P_text_document or P_text_document.bin", "data"),
@@ -95,17 +99,17 @@ FAMILIES = {
 VARIABLES = (
     Entry("MP_SFT_PACKING", SWITCH, "false: one conversation a row", "packing"),
     Entry("EPOCHS", Number(), "passes over the data, instead of iterations", "epochs"),
-    Entry("RESUME", words("auto", "never"), "a used OUTPUT_BASEPATH is refused so far, whichever is said"),
+    Entry("RESUME", OneOf({"auto": True, "never": False}), "auto: go on with the same run; never: refuse it", "resume"),
     Entry("EXPORT_HF", SWITCH, "write OUTPUT_BASEPATH/huggingface/NAME/ at the end", "export_hf"),
     Entry("KEEP_LAST", Integer(), "checkpoints kept (2)", "keep_last"),
     Entry("DRY_RUN", OneOf({"1": True, "0": False}), "1: print the equivalent torchrun line and stop"),
-    Entry("EXTRA_ARGS", Text("flags"), "any flag of `temper train sft`; wins over the positions"),
+    Entry("EXTRA_ARGS", Text("flags"), "flags of `temper train sft` beside the positions"),
     Entry("HF_CONFIG", Text("dir"), "config and tokenizer when the checkpoint is none", "hf_config"),
     Entry("NPROC_PER_NODE", Integer(), "ranks on this machine"),
     Entry("MP_DATASET_TYPE", words("idxmap", not_built=("raw",)), "what DATASET_PATH is"),
-    Entry("MP_AC_LAYERS", Integer(built_to=1), "layers that AC covers (1)"),
+    Entry("MP_AC_LAYERS", Integer(), "layers that AC=full recomputes at a time (1)", "recompute_layers"),
     Entry("MP_VP", Integer(built_to=0), "layers of a virtual pipeline stage"),
-    Entry("MP_PP0_LAYERS", Integer(built_to=0), "layers of the first pipeline stage"),
+    Entry("MP_PP0_LAYERS", Integer(), "layers of the first pipeline stage; unset: all the same", "first_stage_layers"),
 )
 
 # Read with ENV=dlc only: a stray RANK must not change a run on this machine.

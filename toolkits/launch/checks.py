@@ -7,8 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import click
-
 from conversion.mcore_directory import hf_folder
 from conversion.plan import mcore_settings, plan_for, untrainable_reasons
 from data_preprocessing.dataset import document_prefix
@@ -62,9 +60,8 @@ def check_call(family: Family, given: Sequence[str], environment: Mapping[str, s
     gpus = visible_gpus()
     try:
         config = settings_of(call, human_size(parameters) if size == "auto" else size)
-    except (click.UsageError, ValueError) as error:  # ValueError: an open quote
-        said = error.format_message() if isinstance(error, click.UsageError) else str(error)
-        problems.append(UsageError(f"EXTRA_ARGS: {said}"))
+    except ValueError as error:  # a UsageError, or an open quote
+        problems.append(UsageError(f"EXTRA_ARGS: {error}"))
         config = settings_of(_without(call, "EXTRA_ARGS"), size)
     ranks, device = ranks_of_node(call, config, gpus)
     nodes = nodes_of(call)

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from ..foundation.errors import describe, exit_code_of
+from ..foundation.errors import run_guarded
 
 ERROR_DIRECTORY = "TEMPER_ERROR_DIR"  # where a rank leaves its last words for the launcher
 LAUNCHER_PID = "TEMPER_LAUNCHER_PID"
@@ -35,7 +35,7 @@ def run_rank(main: Callable[[], object]) -> NoReturn:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _note_stop)
     _die_with_launcher()
-    _leave(_outcome(main))
+    _leave(run_guarded(main, say=_say))
 
 
 def error_file(directory: Path, rank: int) -> Path:
@@ -55,19 +55,6 @@ def _die_with_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != int(launcher):  # it died before we asked
         os._exit(128 + signal.SIGKILL)
-
-
-def _outcome(main: Callable[[], object]) -> int:
-    try:
-        main()
-    except SystemExit as leaving:
-        if isinstance(leaving.code, str):
-            _say(leaving.code)
-        return leaving.code if isinstance(leaving.code, int) else int(leaving.code is not None)
-    except BaseException as error:  # every kind has an exit code of its own
-        _say(describe(error))
-        return exit_code_of(error)
-    return 0
 
 
 def _say(message: str) -> None:

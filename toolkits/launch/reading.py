@@ -7,14 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import click
-
 from data_preprocessing.dataset import document_prefix
 
+from ..foundation.errors import UsageError
 from ..training.config import TrainConfig, as_command
-from ..training.options import settings_options
+from ..training.options import parse_flags
 from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Family
 from .nodes import Nodes
+
+POSITIONS_ONLY = ("checkpoint", "hf-config", "output", "name")  # what the checks of a call rest on
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def read_call(family: Family, given: Sequence[str], environment: Mapping[str, st
 def settings_of(call: Call, size: str) -> TrainConfig:
     """Return the settings that `call` asks for; `size` stands in NAME.
 
-    Raises click.UsageError for flags in EXTRA_ARGS that do not exist.
+    Raises UsageError for flags in EXTRA_ARGS that do not exist or may not stand there.
     """
     values = call.values
     fields = {
@@ -90,16 +91,11 @@ def settings_of(call: Call, size: str) -> TrainConfig:
 
 
 def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
-    """Return `config` with the command-line `flags` on top; raise click.UsageError when one does not exist."""
-    if not flags:
-        return config
-    return TrainConfig.from_values(_any_flags.make_context("EXTRA_ARGS", [*config.flags(), *flags]).params)
-
-
-@click.command(add_help_option=False)
-@settings_options
-def _any_flags(**_values: Any) -> None:
-    """Only its parser is used."""
+    """Return `config` with the command-line `flags` on top; raise UsageError when one does not exist or may not."""
+    taken = sorted({f"--{name}" for name in POSITIONS_ONLY} & {flag.split("=")[0] for flag in flags})
+    if taken:
+        raise UsageError(f"{', '.join(taken)}: the positions and variables say that, and are checked")
+    return parse_flags([*config.flags(), *flags]) if flags else config
 
 
 def in_words_of(family: Family, text: str) -> str:

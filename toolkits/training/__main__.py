@@ -15,9 +15,9 @@ def main() -> None:
     objective, *flags = sys.argv[1:] or [""]
     if objective not in OBJECTIVES:
         raise UsageError(f"unknown objective {objective!r}; there is {', '.join(OBJECTIVES)}")
-    from ..commands.train import read_config
+    from .options import parse_flags
 
-    config = read_config(flags)
+    config = parse_flags(flags)
     _quieten()
     from .run import run
 

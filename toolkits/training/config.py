@@ -189,6 +189,8 @@ class TrainConfig:
                 f"--warmup-iters {optimizer.warmup_iters} leaves nothing of --train-iters {batch.train_iters}: "
                 "the warm-up is part of the training steps"
             )
+        if not self.output.name or "/" in self.output.name or self.output.name.startswith("."):
+            found.append(f"--name {self.output.name!r} must be the name of one folder")
         if self.model.checkpoint == "none" and self.model.hf_config is None:
             found.append("--checkpoint none trains from random weights and needs --hf-config (HF_CONFIG)")
         return found

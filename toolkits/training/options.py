@@ -1,12 +1,23 @@
 """The declared settings as options of a click command."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
-from .config import Setting, all_settings
+from ..foundation.errors import UsageError
+from .config import Setting, TrainConfig, all_settings
+
+
+def parse_flags(flags: Sequence[str]) -> TrainConfig:
+    """Read flags as `TrainConfig.flags` writes them; raise UsageError when one does not exist or fit."""
+    try:
+        return TrainConfig.from_values(_flags.make_context("temper train", list(flags)).params)
+    except click.exceptions.Exit as asked_for_help:
+        raise SystemExit(asked_for_help.exit_code) from None
+    except click.ClickException as error:
+        raise UsageError(error.format_message()) from None
 
 
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,3 +48,9 @@ def _click_type(setting: Setting) -> Any:
     if setting.type is Path or Path in get_args(setting.type):
         return click.Path(path_type=Path)
     return setting.type
+
+
+@click.command()
+@settings_options
+def _flags(**_values: Any) -> None:
+    """Only its parser is used."""
