@@ -17,15 +17,14 @@ __all__ = ["McoreCheckpoint", "find_step", "hf_folder", "is_mcore_directory"]
 class McoreCheckpoint:
     """The tensors of a step folder by key.
 
-    `tensors[key]` has `dtype` and the whole `shape`, merged layer axis included; `objects` are the keys of
-    the byte objects. Every pickle comes in through `safe_pickle`.
+    `tensors[key]` has `dtype` and the whole `shape`, merged layer axis included. Every pickle comes in through
+    `safe_pickle`.
     """
 
     def __init__(self, directory: Path) -> None:
         self.step = find_step(directory)
         metadata = read_metadata(self.step)
         self.tensors: dict[str, StoredTensor] = metadata.tensors
-        self.objects = frozenset(metadata.objects)
         self._files = MappedFolder(self.step)
 
     def read(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:

@@ -12,7 +12,7 @@ import pytest
 from toolkits.foundation.errors import CheckpointError, DataError, TemperError, UsageError
 from toolkits.launch import checks
 from toolkits.launch.__main__ import launch
-from toolkits.launch.arguments import CLUSTER_VARIABLES, FAMILIES, VARIABLES, Entry
+from toolkits.launch.arguments import CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry
 from toolkits.launch.checks import Launch, check_call
 from toolkits.launch.kinds import NotBuiltYet, human_size
 from toolkits.launch.nodes import Nodes
@@ -20,7 +20,7 @@ from toolkits.launch.table import MARKS, markdown_table
 from toolkits.training.config import all_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-QWEN = FAMILIES["qwen"]
+QWEN = LAUNCHERS["qwen"]
 NAMES = [entry.name for entry in QWEN.positions]
 SEED_LINE = shlex.split(
     "dsw 7B 1 8 1e-5 1e-6 128 128 bf16 1 1 1 true true true true false false 100 DATA VALID CKPT 1000 100 OUT"

@@ -13,11 +13,11 @@ from conversion.plan import plan_for
 from toolkits.cli import temper
 from toolkits.foundation.errors import UsageError
 from toolkits.launch import checks
-from toolkits.launch.arguments import FAMILIES, VARIABLES
+from toolkits.launch.arguments import LAUNCHERS, VARIABLES
 from toolkits.launch.checks import check_call
 from toolkits.planning.figures import quoted
 from toolkits.planning.layouts import Question, answer
-from toolkits.planning.line import AC_WORDS, LAUNCHERS, launcher_line, launcher_of
+from toolkits.planning.line import AC_WORDS, LAUNCHER_OF_FAMILY, launcher_line, launcher_of
 from toolkits.planning.memory import run_memory
 from toolkits.planning.states import buckets, states
 from toolkits.planning.timing import flops_per_token
@@ -182,7 +182,7 @@ def test_the_line_passes_the_launchers_own_check(model, tmp_path, monkeypatch):
     )
     environment, *words = shlex.split(said["line"])
     assert words[:2] == ["sh", "run_scripts/run_mcore_qwen.sh"] and (ROOT / words[1]).is_file()
-    job = check_call(FAMILIES["qwen"], words[2:], dict([environment.split("=")]))
+    job = check_call(LAUNCHERS["qwen"], words[2:], dict([environment.split("=")]))
     best = said["recommended"]
     assert (job.ranks, job.config.layout.tensor_parallel) == (8, best["tensor"])
     assert job.config.layout.pipeline_parallel == best["pipeline"]
@@ -227,14 +227,14 @@ def test_a_model_that_does_not_train_exactly_gets_no_line(model):
 
 def test_every_way_of_recomputing_has_its_launcher_word():
     setting = next(each for each in all_settings() if each.name == "recompute")
-    entry = next(each for each in FAMILIES["qwen"].positions if each.name == "AC")
+    entry = next(each for each in LAUNCHERS["qwen"].positions if each.name == "AC")
     assert set(AC_WORDS) == set(setting.choices)
     assert set(AC_WORDS.values()) <= set(entry.kind.examples)
 
 
 def test_every_launcher_of_the_planner_has_a_word_for_every_position():
     layout = layout_of(config(), PLAN.settings, 8)
-    for family in map(launcher_of, LAUNCHERS):
+    for family in map(launcher_of, LAUNCHER_OF_FAMILY):
         line = launcher_line(family, config(), layout, num_parameters=PLAN.num_parameters, checkpoint="CKPT")
         assert len(shlex.split(line)) == 3 + len(family.positions)
 

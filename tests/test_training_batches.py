@@ -80,7 +80,7 @@ def test_a_micro_batch_is_what_one_would_write_by_hand(dataset):
     assert batch.positions.tolist() == [[0, 1, 2, 3, 4, 0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5, 6, 0, 0, 0]]
     assert batch.packed.cu_seqlens_q.tolist() == [0, 5, 9, 10, 17, 20]
     assert batch.packed.max_seqlen_q == 7
-    assert batch.num_trained == 8
+    assert batch.loss_mask.sum() == 8
 
 
 def test_packing_puts_every_trained_conversation_into_one_row(dataset):
@@ -157,7 +157,7 @@ def test_evaluation_sees_every_row_once_and_ranks_stay_in_step(replicas):
     for rank in ranks:
         batches = [list(step) for step in rank.evaluation()]
         counts.append([len(step) for step in batches])
-        seen += [int(b.tokens[0, 0]) // 10 for step in batches for b in step if b.num_trained]
+        seen += [int(b.tokens[0, 0]) // 10 for step in batches for b in step if b.loss_mask.any()]
     assert sorted(seen) == list(range(7))
     assert len(set(map(tuple, counts))) == 1
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..foundation.errors import UsageError, run_guarded
-from .arguments import FAMILIES, Family
+from .arguments import LAUNCHERS, Launcher
 from .checks import Launch, check_call
 from .elastic import start_ranks
 from .kinds import human_size
@@ -60,10 +60,10 @@ def summary(job: Launch) -> str:
     return "\n".join(lines)
 
 
-def _family(words: Sequence[str]) -> Family:
-    if not words or words[0] not in FAMILIES:
-        raise UsageError(f"say which launcher: python -m toolkits.launch {'|'.join(FAMILIES)} ...")
-    return FAMILIES[words[0]]
+def _family(words: Sequence[str]) -> Launcher:
+    if not words or words[0] not in LAUNCHERS:
+        raise UsageError(f"say which launcher: python -m toolkits.launch {'|'.join(LAUNCHERS)} ...")
+    return LAUNCHERS[words[0]]
 
 
 def _dry_line(job: Launch) -> str:

@@ -1,7 +1,7 @@
 """The launchers' positions and variables, once: name, values, check, what each becomes.
 
 The check of a call, the run's NAME, `--help` and the README's table are all derived from this table. A
-launcher of another family is a Family here and a script of two lines in run_scripts/.
+launcher of another family is a Launcher here and a script of two lines in run_scripts/.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Family:
+class Launcher:
     """A launcher: its positions in the order that its users know, and the model's name in NAME."""
 
     script: str
@@ -87,8 +87,8 @@ DENSE_NAME = (
     "-ti-{TRAIN_TOKENS_OR_ITERS}-wi-{WARMUP_TOKENS_OR_ITERS}"
 )
 
-FAMILIES = {
-    "qwen": Family(
+LAUNCHERS = {
+    "qwen": Launcher(
         script="run_mcore_qwen.sh",
         model="qwen2.5",
         positions=_dense(("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),

@@ -14,7 +14,7 @@ from data_preprocessing.dataset import document_prefix
 from ..foundation.errors import CheckpointError, DataError, TemperError, UsageError, raise_all
 from ..training.config import TrainConfig
 from ..training.layout import DIVIDED_BY_TENSOR_PARALLEL, layout_problems
-from .arguments import Family
+from .arguments import Launcher
 from .kinds import human_size
 from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes, is_cluster, node_problems, nodes_of
 from .ranks import visible_gpus
@@ -42,7 +42,7 @@ class Launch:
         return self.ranks * self.nodes.count
 
 
-def check_call(family: Family, given: Sequence[str], environment: Mapping[str, str]) -> Launch:
+def check_call(family: Launcher, given: Sequence[str], environment: Mapping[str, str]) -> Launch:
     """Read and check a call of `family`; raise one error with every complaint.
 
     The error is a UsageError, unless all complaints are of one other kind.
@@ -177,6 +177,6 @@ def _without(call: Call, name: str) -> Call:
     return Call(call.family, call.typed, values, call.unread | {name}, call.problems)
 
 
-def _raise(family: Family, problems: list[TemperError]) -> None:
+def _raise(family: Launcher, problems: list[TemperError]) -> None:
     kinds = {type(problem) for problem in problems}
     raise_all(kinds.pop() if len(kinds) == 1 else UsageError, family.script, [str(problem) for problem in problems])

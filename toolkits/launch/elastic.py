@@ -77,6 +77,8 @@ def start_ranks(
 def _environment(ranks: int, errors: str) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0))
     return {
+        # Read when CUDA starts: one queue, so that a collective overlaps with the matrix product behind it.
+        "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
         "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, cores // ranks)),
         ERROR_DIRECTORY: errors,
         LAUNCHER_PID: str(os.getpid()),

@@ -10,9 +10,9 @@ from typing import Any
 from data_preprocessing.dataset import document_prefix
 
 from ..foundation.errors import UsageError
-from ..training.config import TrainConfig, as_command
+from ..training.config import TrainConfig
 from ..training.options import parse_flags
-from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Family
+from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Launcher
 from .nodes import Nodes
 
 POSITIONS_ONLY = ("checkpoint", "hf-config", "output", "name")  # what the checks of a call rest on
@@ -25,7 +25,7 @@ class Call:
     `values` has a stand-in for each position in `unread`, so that the rest can still be checked.
     """
 
-    family: Family
+    family: Launcher
     typed: Mapping[str, str]
     values: Mapping[str, Any]
     unread: frozenset[str]
@@ -45,7 +45,7 @@ def complaint(entry: Entry, word: str) -> str | None:
     return None
 
 
-def read_call(family: Family, given: Sequence[str], environment: Mapping[str, str]) -> Call:
+def read_call(family: Launcher, given: Sequence[str], environment: Mapping[str, str]) -> Call:
     """Read as many words as `family` has positions, and the variables that are set."""
     assert len(given) == len(family.positions)
     typed = {entry.name: word for entry, word in zip(family.positions, given, strict=True)}
@@ -98,7 +98,7 @@ def with_flags(config: TrainConfig, flags: Sequence[str]) -> TrainConfig:
     return parse_flags([*config.flags(), *flags]) if flags else config
 
 
-def in_words_of(family: Family, text: str) -> str:
+def in_words_of(family: Launcher, text: str) -> str:
     """Return `text` with the flags that a position stands for replaced by the position's name."""
     names = {entry.setting: entry.name for entry in (*family.positions, *VARIABLES) if entry.setting}
     return re.sub(r"--([a-z][a-z-]+)", lambda match: names.get(match[1].replace("-", "_"), match[0]), text)
@@ -111,4 +111,4 @@ def torchrun_line(config: TrainConfig, *, ranks: int, nodes: Nodes, torchrun: st
         where = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}"]
         where += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
     words = [torchrun, *where, f"--nproc-per-node={ranks}", "-m", "toolkits.training", "sft", *config.flags()]
-    return f"PYTHONPATH={shlex.quote(str(repository))} {as_command(words)}"
+    return f"PYTHONPATH={shlex.quote(str(repository))} {shlex.join(words)}"

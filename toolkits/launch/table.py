@@ -6,14 +6,14 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Family
+from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Launcher
 from .reading import complaint
 
 WIDE = 120  # columns where nobody watches
 MARKS = ("<!-- launcher-table -->", "<!-- /launcher-table -->")
 
 
-def print_table(family: Family, given: Sequence[str], *, to_stderr: bool) -> None:
+def print_table(family: Launcher, given: Sequence[str], *, to_stderr: bool) -> None:
     """Print the positions with what was `given` beside them; the environment variables when nothing was."""
     console = Console(stderr=to_stderr, highlight=False)
     if not console.is_terminal:
@@ -33,7 +33,7 @@ def print_table(family: Family, given: Sequence[str], *, to_stderr: bool) -> Non
     console.print(variables)
 
 
-def markdown_table(family: Family) -> str:
+def markdown_table(family: Launcher) -> str:
     """Return both tables as Markdown, as they stand in the README between MARKS."""
     lines = ["| # | name | values | what it does |", "|---|---|---|---|"]
     lines += [
@@ -51,7 +51,7 @@ def _help(entry: Entry) -> str:
     return entry.help + (f" (not built yet: {', '.join(not_built)})" if not_built else "")
 
 
-def _usage(family: Family, given: Sequence[str]) -> str:
+def _usage(family: Launcher, given: Sequence[str]) -> str:
     count = len(family.positions)
     title = f"sh {family.script} with {count} arguments"
     return f"{title}; {len(given)} given" if given else title

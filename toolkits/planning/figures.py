@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from conversion.plan import Plan
 
-from ..launch.arguments import FAMILIES
+from ..launch.arguments import LAUNCHERS
 from ..launch.kinds import ModelSize
 from ..training.config import TrainConfig
 from ..training.layout import Layout
@@ -84,6 +84,6 @@ def disk_bytes(plan: Plan, config: TrainConfig, tuning: Tuning) -> int:
 
 def _nominal(count: int) -> float:
     """Return the size in a launcher's list that is nearest to `count`: the number in the model's name."""
-    kinds = [entry.kind for family in FAMILIES.values() for entry in family.positions]
+    kinds = [entry.kind for family in LAUNCHERS.values() for entry in family.positions]
     sizes = [kind.read(word) for kind in kinds if isinstance(kind, ModelSize) for word in kind.known]
     return min((size for size in sizes if size is not None), key=lambda size: abs(size - count))

@@ -4,27 +4,29 @@ import shlex
 from collections.abc import Mapping
 
 from ..foundation.errors import UsageError, raise_all
-from ..launch.arguments import FAMILIES, Family
+from ..launch.arguments import LAUNCHERS, RECOMPUTE, Launcher
 from ..launch.kinds import human_size
 from ..launch.reading import complaint
 from ..training.config import TrainConfig
 from ..training.layout import Layout
 
-LAUNCHERS = {"qwen2": "qwen"}  # a family of conversion/families -> its launcher
-AC_WORDS = {"none": "false", "full": "full", "selective": "sel", "offload": "offload"}
+LAUNCHER_OF_FAMILY = {"qwen2": "qwen"}  # a family of conversion/families -> its launcher
+AC_WORDS = {setting: word for word, setting in reversed(RECOMPUTE.items())}
 TRAINED_METHODS = ("full",)
 DATA, OUT = "DATA", "OUT"  # left to the user
 TRAIN_ITERS, WARMUP_ITERS = "1000", "100"
 GPUS_OF_NODE = 8
 
 
-def launcher_of(family: str) -> Family | None:
+def launcher_of(family: str) -> Launcher | None:
     """Return the launcher of a model family, or None when it has none."""
-    name = LAUNCHERS.get(family)
-    return None if name is None else FAMILIES[name]
+    name = LAUNCHER_OF_FAMILY.get(family)
+    return None if name is None else LAUNCHERS[name]
 
 
-def launcher_line(family: Family, config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str) -> str:
+def launcher_line(
+    family: Launcher, config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str
+) -> str:
     """Return the line that starts the run; raise UsageError for a word that the launcher's table refuses."""
     words = _words(config, layout, num_parameters=num_parameters, checkpoint=checkpoint)
     problems = []
@@ -40,7 +42,7 @@ def launcher_line(family: Family, config: TrainConfig, layout: Layout, *, num_pa
 def not_built(method: str, recompute: str) -> list[str]:
     """Return what `temper train` refuses today of a way of tuning, by name."""
     found = [] if method in TRAINED_METHODS else [f"--method {method} is not built yet"]
-    entries = {entry.name: entry for family in FAMILIES.values() for entry in family.positions}
+    entries = {entry.name: entry for family in LAUNCHERS.values() for entry in family.positions}
     word = AC_WORDS[recompute]
     problem = complaint(entries["AC"], word)
     return found + ([f"AC={word} {problem}"] if problem else [])

@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ..foundation.errors import NumericsError, TemperError, UsageError, run_guarded
 from ..foundation.progress import clock
-from ..launch.arguments import FAMILIES
+from ..launch.arguments import LAUNCHERS
 from ..launch.ranks import visible_gpus
 from .tiny import SAMPLE, write_tiny_checkpoint
 
@@ -61,7 +61,7 @@ class Line:
         words = {**ALWAYS, **words, "PAD_LEN": words["SEQ_LEN"], "OUTPUT_BASEPATH": str(self.run)}
         words |= {"DATASET_PATH": str(self.prefix), "VALID_DATASET_PATH": str(self.prefix)}
         words |= {"PRETRAIN_CHECKPOINT_PATH": str(self.out / "mcore")}
-        positions = [words[entry.name] for entry in FAMILIES["qwen"].positions]
+        positions = [words[entry.name] for entry in LAUNCHERS["qwen"].positions]
         return ["env", "EXPORT_HF=true", "sh", _script("run_mcore_qwen.sh"), *positions]
 
 

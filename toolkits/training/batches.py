@@ -14,7 +14,7 @@ import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
 from data_preprocessing.dataset import Dataset
-from data_preprocessing.packing import pack
+from data_preprocessing.packing import one_per_row, pack
 
 from ..foundation.errors import DataError
 from .config import BatchSettings, DataSettings
@@ -58,10 +58,6 @@ class MicroBatch:
     positions: torch.Tensor
     packed: PackedSeqParams
 
-    @property
-    def num_trained(self) -> int:
-        return int(self.loss_mask.sum())
-
 
 def fitting_samples(dataset: Dataset, settings: DataSettings) -> tuple[list[Sample], list[str]]:
     """Return the conversations that can be trained on, cut to fit, and a sentence for each thing left out.
@@ -76,10 +72,9 @@ def fitting_samples(dataset: Dataset, settings: DataSettings) -> tuple[list[Samp
 
 def make_rows(dataset: Dataset, samples: Sequence[Sample], settings: DataSettings) -> Rows:
     """Return rows of whole conversations: packed, or one a row."""
-    if not settings.packing:
-        return Rows(dataset, [(sample,) for sample in samples], settings.seq_len)
+    fill = pack if settings.packing else one_per_row
     lengths = np.array([sample.length for sample in samples])
-    rows = [tuple(samples[i] for i in members) for members in pack(lengths, settings.seq_len)]
+    rows = [tuple(samples[i] for i in members) for members in fill(lengths, settings.seq_len)]
     return Rows(dataset, rows, settings.seq_len)
 
 

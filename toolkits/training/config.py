@@ -6,7 +6,6 @@ dashes; a boolean has a `--no-` twin. Everything here is plain data: no torch, n
 
 import dataclasses
 import math
-import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -240,8 +239,3 @@ def all_settings() -> Iterator[Setting]:
         types = get_type_hints(kind)
         for field in dataclasses.fields(kind):
             yield Setting(group, field.name, types[field.name], field.default, **field.metadata)
-
-
-def as_command(words: list[str]) -> str:
-    """Return `words` as a line that a shell reads back unchanged."""
-    return shlex.join(words)

@@ -32,7 +32,7 @@ BYTES_OF_OPTIMIZER = 12  # a parameter: fp32 master weight and two fp32 moments
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """What a start will do, known before any weight is allocated."""
 
     config: TrainConfig
@@ -71,7 +71,7 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
     config.check()
     source = find_model(config.model)
     layout = layout_of(config, source.settings, int(os.environ["WORLD_SIZE"]))
-    plan = Plan(config, source, find_data(config.data, source), layout)
+    plan = RunPlan(config, source, find_data(config.data, source), layout)
     plan.data.require_one_step(config.batch.global_batch_size)
     plan.require_warmup_inside()
     _require_export_free(plan)
@@ -87,7 +87,7 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
     return reporter.history
 
 
-def _open(plan: Plan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
+def _open(plan: RunPlan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
     """Find where the run goes on, and open its log; rank 0 looks and tells the others."""
     found, damaged = newest_step(plan.folder) if rank() == 0 else (None, [])
     found, started = gather((found, time.time()))[0]
@@ -106,7 +106,7 @@ def _open(plan: Plan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
     return found, reporter
 
 
-def _train(plan: Plan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Path:
+def _train(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Path:
     """Train what remains to be trained; return the last step's folder."""
     if resumed is not None and resumed.position.step >= plan.steps:
         reporter.say(f"all {plan.steps} steps are done")
@@ -115,7 +115,7 @@ def _train(plan: Plan, objective: ModuleType, resumed: Saved | None, reporter: R
     return train(_set_up(plan, objective, resumed, reporter))
 
 
-def _set_up(plan: Plan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Training:
+def _set_up(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Training:
     from megatron.core import parallel_state
 
     config, source, layout = plan.config, plan.source, plan.layout
@@ -156,7 +156,7 @@ def _start(resumed: Saved | None, config: TrainConfig) -> Position:
     return Position(resumed.position.step, 0 if config.output.data_restart else resumed.position.rows)
 
 
-def _introduce(plan: Plan, resumed: Saved | None, reporter: Reporter) -> None:
+def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None:
     config, layout, rows = plan.config, plan.layout, plan.data.training
     if config.layout.sequence_parallel and not layout.sequence:
         reporter.say("sequence parallelism needs TP > 1: it is off")
@@ -183,7 +183,7 @@ def _amount(rows: Rows) -> str:
     )
 
 
-def _require_space(plan: Plan) -> None:
+def _require_space(plan: RunPlan) -> None:
     output, parameters = plan.config.output, plan.source.num_parameters
     weights = DTYPES[plan.config.compute.precision].itemsize
     saves = math.ceil(plan.steps / output.save_interval) if output.save_interval else 1
@@ -193,7 +193,7 @@ def _require_space(plan: Plan) -> None:
     require_space(plan.folder, parameters * (max(1, kept) * (weights + BYTES_OF_OPTIMIZER) + export))
 
 
-def _require_export_free(plan: Plan) -> None:
+def _require_export_free(plan: RunPlan) -> None:
     """Refuse, before anything is trained, to export to a folder that this run did not write."""
     if plan.config.output.export_hf and plan.export.exists() and not (plan.folder / EXPORTED).exists():
         raise UsageError(
@@ -201,7 +201,7 @@ def _require_export_free(plan: Plan) -> None:
         )
 
 
-def _export(plan: Plan, saved: Path, reporter: Reporter) -> None:
+def _export(plan: RunPlan, saved: Path, reporter: Reporter) -> None:
     from conversion.mcore_to_hf import convert
 
     note = plan.folder / EXPORTED

@@ -40,8 +40,6 @@ def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
 def prepare_process() -> None:
     """Choose this process's device and make megatron-core ready for it."""
     if torch.cuda.is_available():
-        # Tensor parallelism overlaps a collective with the matrix product queued behind it only in one queue.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     else:
         from . import cpu_backend
