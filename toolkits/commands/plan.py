@@ -3,13 +3,15 @@
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
 import click
 
 from ..planning.weights import Method, Tuning
-from ..training.config import Setting, TrainConfig, all_settings
+from ..training.config import TrainConfig, all_settings
+from ..training.options import setting_option
 
 SEARCHED = {"tensor_parallel", "pipeline_parallel", "micro_batch_size", "recompute"}
 TAKEN = {
@@ -39,19 +41,11 @@ class Memory(click.ParamType):
 def _settings(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add the training settings that memory and time depend on; those that are searched have no default."""
     for setting in reversed(list(all_settings())):
-        if setting.name in SEARCHED | TAKEN:
-            command = _option(setting)(command)
+        if setting.name in SEARCHED:
+            command = setting_option(replace(setting, default=None, help=f"{setting.help} Default: searched."))(command)
+        elif setting.name in TAKEN:
+            command = setting_option(setting)(command)
     return command
-
-
-def _option(setting: Setting) -> Callable[..., Any]:
-    flag = setting.flag
-    if setting.type is bool:
-        flag = f"{flag}/{flag.replace('--', '--no-', 1)}"
-    default = None if setting.name in SEARCHED else setting.default
-    help = setting.help + (" Default: searched." if setting.name in SEARCHED else "")
-    kind = click.Choice(setting.choices) if setting.choices else setting.type
-    return click.option(flag, setting.name, type=kind, default=default, show_default=default is not None, help=help)
 
 
 @click.command(context_settings={"help_option_names": ["-h", "--help"]})

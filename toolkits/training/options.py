@@ -23,11 +23,12 @@ def parse_flags(flags: Sequence[str]) -> TrainConfig:
 def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for every setting; the command receives them by field name."""
     for setting in reversed(list(all_settings())):
-        command = _option(setting)(command)
+        command = setting_option(setting)(command)
     return command
 
 
-def _option(setting: Setting) -> Callable[..., Any]:
+def setting_option(setting: Setting) -> Callable[..., Any]:
+    """Return the click option of one setting."""
     flag = setting.flag
     if setting.type is bool:
         flag = f"{flag}/{flag.replace('--', '--no-', 1)}"
