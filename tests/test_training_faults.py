@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from training_world import ROOT, flags, run_cases, write_dataset, write_model
 
 from conversion import hf_to_mcore
-from toolkits.foundation.errors import CheckpointError, DataError, UsageError
+from toolkits.foundation.errors import CheckpointError, DataError, MachineError, UsageError
 from toolkits.training.config import DataSettings, ModelSettings
 from toolkits.training.sources import find_data, find_model, validates_on_training_data
 
@@ -269,3 +269,16 @@ def test_epochs_become_steps_and_a_failed_start_does_not_block_the_next(inputs, 
 def test_too_few_rows_for_a_batch_is_said_with_numbers(inputs, tmp_path):
     code, _, err = finished(start(flags(**settings(inputs, tmp_path / "out", global_batch_size=64))))
     assert code == 3 and re.search(r"\d+ rows of 128 tokens are fewer than one global batch of 64", err)
+
+
+def test_running_out_of_memory_is_compared_with_the_plan(inputs, tmp_path):
+    from toolkits.training.config import TrainConfig
+    from toolkits.training.layout import layout_of
+    from toolkits.training.run import RunPlan, _out_of_memory_explained
+
+    config = TrainConfig.from_values(settings(inputs, tmp_path) | {"checkpoint": str(inputs["model"])})
+    source = find_model(config.model)
+    plan = RunPlan(config, source, find_data(config.data, source), layout_of(config, source.settings, 1))
+    message = r"out of memory \(CUDA out of memory\): \d.* were taken, \d.* were planned.*AC=full, a smaller BATCH_SIZE"
+    with pytest.raises(MachineError, match=message), _out_of_memory_explained(plan):
+        raise torch.OutOfMemoryError("CUDA out of memory\nmore")

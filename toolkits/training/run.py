@@ -4,6 +4,7 @@ import contextlib
 import math
 import os
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -12,8 +13,11 @@ import torch
 
 from conversion.mcore_directory import step_folders
 
-from ..foundation.errors import UsageError
+from ..foundation.errors import MachineError, UsageError
+from ..foundation.progress import human_bytes
 from ..foundation.publish import require_space, write_text
+from ..planning.memory import run_memory
+from ..planning.weights import Tuning
 from .batches import Batches, Rows
 from .checkpointing import Position, RunState, Saved, load_step, newest_step, require_loadable
 from .config import TrainConfig
@@ -22,7 +26,7 @@ from .loop import Training, train
 from .optimizer import build_optimizer
 from .parallel.model import DTYPES, build_model, wrap
 from .parallel.world import gather, process_groups, rank
-from .reporter import Reporter, StepFigures
+from .reporter import Reporter, StepFigures, peak_memory
 from .run_folder import claimed
 from .sources import DataSource, ModelSource, find_data, find_model
 from .weights import load_huggingface, load_mcore
@@ -52,6 +56,11 @@ class RunPlan:
         return batch.train_iters or math.ceil(batch.epochs * len(self.data.training) / batch.global_batch_size)
 
     @property
+    def memory(self) -> int:
+        """The bytes that the fullest rank needs at its worst moment."""
+        return max(each.total for each in run_memory(self.source.plan, self.config, self.layout, Tuning()))
+
+    @property
     def export(self) -> Path:
         """Where EXPORT_HF writes."""
         return self.config.output.output / "huggingface" / self.config.output.name
@@ -79,12 +88,24 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
         remarks = stack.enter_context(claimed(plan.folder, config, source)) if os.environ["RANK"] == "0" else []
         stack.enter_context(process_groups(layout, seed=config.data.seed))
         resumed, reporter = _open(plan, remarks)
-        with reporter.noting_failure():
+        with reporter.noting_failure(), _out_of_memory_explained(plan):
             last = _train(plan, objective, resumed, reporter)
     if config.output.export_hf and os.environ["RANK"] == "0":
         _export(plan, last, reporter)
     reporter.say(f"done: {last}")
     return reporter.history
+
+
+@contextlib.contextmanager
+def _out_of_memory_explained(plan: RunPlan) -> Iterator[None]:
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise MachineError(
+            f"out of memory ({str(error).splitlines()[0]}): {human_bytes(peak_memory())} were taken, "
+            f"{human_bytes(plan.memory)} were planned. In this order: AC=full, a smaller BATCH_SIZE, a larger TP or PP; "
+            "`temper plan` compares them"
+        ) from error
 
 
 def _open(plan: RunPlan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
@@ -166,6 +187,7 @@ def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None
         f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
         f"{layout.grid}, {config.compute.precision}"
     )
+    reporter.say(f"planned memory of a rank: {human_bytes(plan.memory)} at its worst moment")
     if resumed is None:
         return
     then, now = resumed.grid, layout.grid
@@ -184,7 +206,7 @@ def _amount(rows: Rows) -> str:
 
 
 def _require_space(plan: RunPlan) -> None:
-    output, parameters = plan.config.output, plan.source.num_parameters
+    output, parameters = plan.config.output, plan.source.plan.num_parameters
     weights = DTYPES[plan.config.compute.precision].itemsize
     saves = math.ceil(plan.steps / output.save_interval) if output.save_interval else 1
     # The newest checkpoint is complete before the oldest goes; those of an earlier start are there already.

@@ -7,7 +7,7 @@ from typing import Any
 
 from conversion.hf_checkpoint import is_hf_directory, read_config
 from conversion.mcore_checkpoint import find_step, hf_folder, is_mcore_directory
-from conversion.plan import plan_for, untrainable_reasons
+from conversion.plan import Plan, plan_for, untrainable_reasons
 from data_preprocessing.chat import tokenizer_fingerprint
 from data_preprocessing.dataset import Dataset, document_prefix, open_dataset
 
@@ -25,10 +25,14 @@ class ModelSource:
     """
 
     hf_files: Path
-    settings: Mapping[str, Any]
-    num_parameters: int
+    plan: Plan
     hf_weights: Path | None = None
     mcore_weights: Path | None = None
+
+    @property
+    def settings(self) -> Mapping[str, Any]:
+        """Fields of megatron-core's config; see `conversion.plan.mcore_settings`."""
+        return self.plan.settings
 
 
 @dataclass(frozen=True)
@@ -66,8 +70,7 @@ def find_model(model: ModelSettings) -> ModelSource:
         )
     hf_config = read_config(hf_files)
     raise_all(UsageError, f"{hf_files} converts, but training it would not be exact", untrainable_reasons(hf_config))
-    plan = plan_for(hf_config)
-    return ModelSource(hf_files, plan.settings, plan.num_parameters, **weights)
+    return ModelSource(hf_files, plan_for(hf_config), **weights)
 
 
 def _config_folder(path: Path) -> Path:
