@@ -103,8 +103,8 @@ def _out_of_memory_explained(plan: RunPlan) -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise MachineError(
             f"out of memory ({str(error).splitlines()[0]}): {human_bytes(peak_memory())} were taken, "
-            f"{human_bytes(plan.memory)} were planned. In this order: AC=full, a smaller BATCH_SIZE, a larger TP or PP; "
-            "`temper plan` compares them"
+            f"{human_bytes(plan.memory)} were planned. In this order: AC=full, a smaller BATCH_SIZE, a larger TP "
+            "or PP; `temper plan` compares them"
         ) from error
 
 
