@@ -94,7 +94,8 @@ def measured(tmp_path_factory):
     for case, port in zip(cases, free_ports(len(cases)), strict=True):
         case["port"] = port
     (folder / "cases.json").write_text(json.dumps(cases))
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
     command = [sys.executable, "-W", "ignore", __file__, str(folder / "cases.json")]
     ranks = []
     for rank in range(RANKS):
