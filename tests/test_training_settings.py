@@ -1,6 +1,5 @@
 """Settings, parallel layout and learning rate: plain arithmetic with plain answers."""
 
-import dataclasses
 import itertools
 import shlex
 from pathlib import Path
@@ -11,7 +10,7 @@ from click.testing import CliRunner
 
 from toolkits.foundation.errors import UsageError
 from toolkits.training.config import TrainConfig, all_settings
-from toolkits.training.layout import layout_of, layout_problems
+from toolkits.training.layout import Layout, layout_of, layout_problems
 from toolkits.training.optimizer import learning_rate
 from toolkits.training.options import settings_options
 
@@ -88,6 +87,19 @@ def test_a_problem_is_said_with_its_numbers(values, message):
         ),
         ({"pipeline_parallel": 4, "first_stage_layers": 5}, 4, "cannot share evenly: use 4 or 7"),
         ({"first_stage_layers": 5}, 1, "MP_PP0_LAYERS 5 needs PP > 1"),
+        ({"virtual_stage_layers": 5}, 1, "MP_VP 5 needs PP > 1"),
+        ({"virtual_stage_layers": 5, "pipeline_parallel": 2}, 2, "MP_VP 5 does not divide the 14 layers"),
+        (
+            {"virtual_stage_layers": 7, "pipeline_parallel": 2, "first_stage_layers": 14},
+            2,
+            "cannot be combined with MP_PP0_LAYERS",
+        ),
+        (
+            {"virtual_stage_layers": 7, "pipeline_parallel": 2, "global_batch_size": 9},
+            2,
+            "GLOBAL_BATCH_SIZE 9 makes 9: use a multiple of 2",
+        ),
+        ({"context_parallel": 2, "pipeline_parallel": 2}, 6, "TP=1 x PP=2 x CP=2 = 4 does not divide the 6 ranks"),
         ({"pipeline_parallel": 30}, 30, "2 stages would have no layer): use PP 14 or 28"),
         ({"tensor_parallel": 2, "pipeline_parallel": 2}, 6, "TP=2 x PP=2 = 4 does not divide the 6 ranks"),
         ({"global_batch_size": 10, "micro_batch_size": 4}, 1, "not a multiple of BATCH_SIZE 4 x DP 1 = 4: use 8 or 12"),
@@ -108,8 +120,17 @@ def test_a_layout_that_can_be_says_the_rest():
     layout = layout_of(
         config(tensor_parallel=2, pipeline_parallel=2, global_batch_size=24, micro_batch_size=3), MODEL, 8
     )
-    assert dataclasses.astuple(layout) == (8, 2, 2, True, 4, 0) and layout.data == 2
+    assert layout == Layout(world=8, tensor=2, pipeline=2, sequence=True, micro_batches=4) and layout.data == 2
     assert not layout_of(config(), MODEL, 1).sequence, "sequence parallelism is off at TP=1"
+
+
+def test_context_ranks_and_virtual_stages_are_counted():
+    layout = layout_of(
+        config(context_parallel=2, pipeline_parallel=2, virtual_stage_layers=7, global_batch_size=16), MODEL, 8
+    )
+    assert (layout.data, layout.chunks, layout.segment_multiple, layout.row_multiple) == (2, 2, 4, 4)
+    assert str(layout.grid) == "TP1 PP2 (2 virtual stages a rank) CP2 DP2"
+    assert layout_of(config(), MODEL, 1).segment_multiple == 1
 
 
 def test_the_learning_rate_warms_up_inside_and_ends_exactly_at_the_floor():

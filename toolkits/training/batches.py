@@ -7,7 +7,8 @@ parallel layout, and a run can go on at any step.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,7 @@ from .config import BatchSettings, DataSettings
 from .layout import Layout
 
 HELD_OUT = 0.01  # part of the training data that validates when there is no validation set
+T = TypeVar("T")
 PAD_TOKEN = 0  # never trained on and never seen by a conversation, so any id does
 
 
@@ -57,6 +59,10 @@ class MicroBatch:
     loss_mask: torch.Tensor
     positions: torch.Tensor
     packed: PackedSeqParams
+
+    def cuda(self) -> "MicroBatch":
+        """Return the batch with all its tensors on the GPU."""
+        return replace(_on_gpu(self), packed=_on_gpu(self.packed))
 
 
 def fitting_samples(dataset: Dataset, settings: DataSettings) -> tuple[list[Sample], list[str]]:
@@ -150,6 +156,13 @@ def micro_batch(dataset: Dataset, rows: Sequence[Sequence[Sample]], length: int)
     packed = packed_params(ends, longest=int(lengths.max()))
     tensors = [torch.from_numpy(array).unsqueeze(0) for array in (tokens, labels, mask, positions)]
     return MicroBatch(*tensors, packed=packed)  # type: ignore[misc]
+
+
+def _on_gpu(value: T) -> T:
+    """Return a dataclass with its tensors on the GPU; the copies do not wait for one another."""
+    tensors = {field.name: getattr(value, field.name) for field in fields(value)}  # type: ignore[arg-type]
+    moved = {name: tensor.cuda(non_blocking=True) for name, tensor in tensors.items() if torch.is_tensor(tensor)}
+    return replace(value, **moved)  # type: ignore[type-var]
 
 
 def packed_params(ends: Sequence[int], *, longest: int) -> PackedSeqParams:

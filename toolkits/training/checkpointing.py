@@ -28,7 +28,7 @@ from ..foundation.errors import CheckpointError, DiskError, TemperError, UsageEr
 from ..foundation.publish import publish_directory, temporary_of, write_text
 from .layout import Grid, Layout
 from .optimizer import optimizer_state, restore_optimizer
-from .parallel.model import PaddedVocabularyGPT
+from .parallel.model import Chunks, sharded_state
 from .parallel.world import gather, rank
 from .weights import load_mcore
 
@@ -62,7 +62,7 @@ class Saved:
 class RunState:
     """What is saved and restored of a run on this rank."""
 
-    model: PaddedVocabularyGPT
+    chunks: Chunks
     optimizer: MegatronOptimizer
     layout: Layout
     precision: str
@@ -151,7 +151,7 @@ def newest_step(folder: Path) -> tuple[Saved | None, list[str]]:
 
 def require_loadable(saved: Saved, layout: Layout, *, precision: str, sharding: str | None) -> None:
     """Raise UsageError when the saved optimizer cannot go on in this layout."""
-    then, now = (replace(grid, data=1) for grid in (saved.grid, layout.grid))
+    then, now = (replace(grid, data=1, context=1) for grid in (saved.grid, layout.grid))
     if saved.precision != precision:
         raise UsageError(f"{saved.folder} was trained in {saved.precision}, not {precision}; a run keeps its precision")
     if (saved.sharding is None) != (sharding is None):
@@ -160,27 +160,26 @@ def require_loadable(saved: Saved, layout: Layout, *, precision: str, sharding: 
     if then != now and saved.sharding == "dp_reshardable":
         raise UsageError(
             f"{saved.folder} was saved at {saved.grid}, this is {layout.grid}: its optimizer state follows a change of "
-            "DP only. Go on with that layout; a run started with --reshardable-optimizer "
+            "DP and CP only. Go on with that layout; a run started with --reshardable-optimizer "
             "can change it"
         )
 
 
 def load_step(saved: Saved, state: RunState) -> None:
     """Put a saved step into model, optimizer and random states; all ranks call it."""
-    load_mcore(state.model, saved.folder)  # scans the folder first
-    restore_optimizer(state.optimizer, state.model, saved.folder, sharding=saved.sharding)
+    load_mcore(state.chunks, saved.folder)  # scans the folder first
+    restore_optimizer(state.optimizer, state.chunks, saved.folder, sharding=saved.sharding)
     if saved.grid == state.layout.grid:
         loaded = dist_checkpointing.load({"rng_state": _random_states(state.layout)}, str(saved.folder))
         _set_random_states(loaded["rng_state"])
 
 
 def _sharded_state(state: RunState) -> dict[str, Any]:
-    model = state.model.sharded_state_dict()
-    whole: dict[str, Any] = dict(model)
-    whole["optimizer"] = optimizer_state(state.optimizer, model, sharding=state.sharding)
-    whole["rng_state"] = _random_states(state.layout)
-    _exact_vocabulary(whole, state.model.real_vocab_size)
-    return whole
+    chunks = sharded_state(state.chunks)
+    optimizer = optimizer_state(state.optimizer, chunks, sharding=state.sharding)
+    for chunk, tensors in zip(state.chunks, chunks.values(), strict=True):
+        _exact_vocabulary(tensors, chunk.real_vocab_size)
+    return {**chunks, "optimizer": optimizer, "rng_state": _random_states(state.layout)}
 
 
 def _exact_vocabulary(state: dict[str, Any], rows: int) -> None:
@@ -211,9 +210,10 @@ def _random_states(layout: Layout) -> ShardedObject:
     place = (
         parallel_state.get_tensor_model_parallel_rank(),
         parallel_state.get_pipeline_model_parallel_rank(),
-        parallel_state.get_data_parallel_rank(),
+        parallel_state.get_data_parallel_rank(with_context_parallel=True),
     )
-    return ShardedObject("rng_state", states, (layout.tensor, layout.pipeline, layout.data), place)
+    shape = (layout.tensor, layout.pipeline, layout.data * layout.context)
+    return ShardedObject("rng_state", states, shape, place)
 
 
 def _set_random_states(states: dict[str, Any]) -> None:

@@ -55,8 +55,14 @@ class LayoutSettings:
 
     tensor_parallel: int = setting("Ranks that share each layer.", 1, at_least=1)
     pipeline_parallel: int = setting("Pipeline stages.", 1, at_least=1)
+    context_parallel: int = setting("Ranks that share each row's tokens.", 1, at_least=1)
     first_stage_layers: int = setting(
         "Layers of the first pipeline stage, the others share the rest; 0: all the same.", 0, at_least=0
+    )
+    virtual_stage_layers: int = setting(
+        "Layers of a virtual pipeline stage: each rank holds several, and the schedule is interleaved; 0: one a rank.",
+        0,
+        at_least=0,
     )
     sequence_parallel: bool = setting("Split activations between tensor-parallel ranks outside the matrices too.", True)
     distributed_optimizer: bool = setting("Shard the optimizer's state over data-parallel ranks (ZeRO-1).", True)
@@ -65,6 +71,11 @@ class LayoutSettings:
         " in CPU memory.",
         False,
     )
+
+    @property
+    def model_parallel(self) -> int:
+        """Ranks that hold one data-parallel replica."""
+        return self.tensor_parallel * self.pipeline_parallel * self.context_parallel
 
     @property
     def optimizer_sharding(self) -> str | None:

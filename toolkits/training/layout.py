@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..foundation.errors import UsageError, raise_all
-from .config import TrainConfig
+from .config import LayoutSettings, TrainConfig
 
 DIVIDED_BY_TENSOR_PARALLEL = {
     "num_attention_heads": "attention heads",
@@ -22,15 +22,23 @@ class Grid:
     pipeline: int = 1
     data: int = 1
     first_stage_layers: int = 0
+    context: int = 1
+    chunks: int = 1
 
     def __str__(self) -> str:
-        uneven = f" (first stage {self.first_stage_layers} layers)" if self.first_stage_layers else ""
-        return f"TP{self.tensor} PP{self.pipeline}{uneven} DP{self.data}"
+        said = f"TP{self.tensor} PP{self.pipeline}"
+        if self.first_stage_layers:
+            said += f" (first stage {self.first_stage_layers} layers)"
+        if self.chunks > 1:
+            said += f" ({self.chunks} virtual stages a rank)"
+        if self.context > 1:
+            said += f" CP{self.context}"
+        return f"{said} DP{self.data}"
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How `world` ranks are used: world = tensor * pipeline * data."""
+    """How `world` ranks are used: world = tensor * pipeline * context * data."""
 
     world: int
     tensor: int
@@ -38,16 +46,32 @@ class Layout:
     sequence: bool  # sequence parallel
     micro_batches: int  # of one data-parallel rank in one step
     first_stage_layers: int = 0  # 0: every pipeline stage has as many
+    context: int = 1
+    chunks: int = 1  # parts of the model on one rank: its virtual pipeline stages
 
     @property
     def data(self) -> int:
         """Number of data-parallel replicas."""
-        return self.world // (self.tensor * self.pipeline)
+        return self.world // (self.tensor * self.pipeline * self.context)
 
     @property
     def grid(self) -> Grid:
         """The layout without what may change from start to start."""
-        return Grid(self.tensor, self.pipeline, self.data, self.first_stage_layers)
+        return Grid(self.tensor, self.pipeline, self.data, self.first_stage_layers, self.context, self.chunks)
+
+    @property
+    def segment_multiple(self) -> int:
+        """What the length of each conversation in a row is padded to a multiple of.
+
+        Context parallelism cuts each into 2 * CP pieces: a rank gets one from the front and one from the
+        back, so that all have as much to attend to.
+        """
+        return 2 * self.context if self.context > 1 else 1
+
+    @property
+    def row_multiple(self) -> int:
+        """What the length of a row is padded to a multiple of: sequence parallelism divides it by TP."""
+        return self.segment_multiple * self.tensor
 
 
 def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layout:
@@ -58,7 +82,7 @@ def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layo
     """
     raise_all(UsageError, "parallel layout", layout_problems(config, model, world))
     settings, batch = config.layout, config.batch
-    replicas = world // (settings.tensor_parallel * settings.pipeline_parallel)
+    replicas, virtual = world // settings.model_parallel, settings.virtual_stage_layers
     return Layout(
         world=world,
         tensor=settings.tensor_parallel,
@@ -66,25 +90,37 @@ def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layo
         sequence=settings.sequence_parallel and settings.tensor_parallel > 1,
         micro_batches=batch.global_batch_size // (batch.micro_batch_size * replicas),
         first_stage_layers=settings.first_stage_layers,
+        context=settings.context_parallel,
+        chunks=model["num_layers"] // (settings.pipeline_parallel * virtual) if virtual else 1,
     )
 
 
 def layout_problems(config: TrainConfig, model: Mapping[str, Any], world: int) -> list[str]:
     """Return every rule of the layout that `config` breaks, with the nearest values that would do."""
-    tensor, pipeline = config.layout.tensor_parallel, config.layout.pipeline_parallel
-    found = _tensor_problems(tensor, model)
-    found += _pipeline_problems(pipeline, model["num_layers"], first=config.layout.first_stage_layers)
-    if world % (tensor * pipeline):
-        found.append(f"TP={tensor} x PP={pipeline} = {tensor * pipeline} does not divide the {world} ranks")
+    settings, batch = config.layout, config.batch
+    found = _tensor_problems(settings.tensor_parallel, model)
+    found += _pipeline_problems(settings.pipeline_parallel, model["num_layers"], first=settings.first_stage_layers)
+    found += _virtual_problems(settings, model["num_layers"])
+    if world % settings.model_parallel:
+        product = f"TP={settings.tensor_parallel} x PP={settings.pipeline_parallel}"
+        if settings.context_parallel > 1:
+            product += f" x CP={settings.context_parallel}"
+        found.append(f"{product} = {settings.model_parallel} does not divide the {world} ranks")
         return found
-    replicas = world // (tensor * pipeline)
-    step, batch = config.batch.micro_batch_size * replicas, config.batch
+    replicas = world // settings.model_parallel
+    step = batch.micro_batch_size * replicas
     if batch.global_batch_size % step:
         below = batch.global_batch_size // step * step
         nearest = _listed([rows for rows in (below, below + step) if rows])
         found.append(
             f"GLOBAL_BATCH_SIZE {batch.global_batch_size} is not a multiple of "
             f"BATCH_SIZE {batch.micro_batch_size} x DP {replicas} = {step}: use {nearest}"
+        )
+    elif settings.virtual_stage_layers and batch.global_batch_size // step % settings.pipeline_parallel:
+        found.append(
+            f"MP_VP interleaves groups of PP={settings.pipeline_parallel} micro batches, and GLOBAL_BATCH_SIZE "
+            f"{batch.global_batch_size} makes {batch.global_batch_size // step}: use a multiple of "
+            f"{step * settings.pipeline_parallel}"
         )
     return found
 
@@ -130,6 +166,21 @@ def _uneven_problems(pipeline: int, layers: int, first: int) -> list[str]:
         f"MP_PP0_LAYERS {first} leaves {layers - first} of {layers} layers, which the other {pipeline - 1} stages of "
         f"PP={pipeline} cannot share evenly: use {_listed(nearest)}"
     ]
+
+
+def _virtual_problems(settings: LayoutSettings, layers: int) -> list[str]:
+    virtual, pipeline = settings.virtual_stage_layers, settings.pipeline_parallel
+    if not virtual:
+        return []
+    if pipeline == 1:
+        return [f"MP_VP {virtual} needs PP > 1: virtual stages are parts of pipeline stages"]
+    if settings.first_stage_layers:
+        return ["MP_VP needs stages of the same size: it cannot be combined with MP_PP0_LAYERS"]
+    stage = layers // pipeline
+    if layers % pipeline or stage % virtual == 0:  # the first is a complaint of its own
+        return []
+    valid = [n for n in range(1, stage + 1) if stage % n == 0]
+    return [f"MP_VP {virtual} does not divide the {stage} layers of a pipeline stage: use {_listed(valid)}"]
 
 
 def _listed(numbers: list[int]) -> str:

@@ -2,10 +2,13 @@
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
+from itertools import tee
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
@@ -21,8 +24,9 @@ from .checkpointing import Position, RunState, save_step
 from .config import TrainConfig
 from .layout import Layout
 from .optimizer import learning_rate, set_learning_rate
+from .parallel.context import share_of
 from .parallel.model import unwrapped
-from .parallel.world import speaks_for_replica, sum_over_ranks
+from .parallel.world import context_rank, speaks_for_its_tokens, sum_over_ranks
 from .reporter import Reporter, StepFigures
 
 
@@ -34,7 +38,7 @@ class Training:
     layout: Layout
     steps: int
     objective: ModuleType  # one of `objectives`
-    model: DistributedDataParallel
+    chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     batches: Batches
     validation: Batches
@@ -46,7 +50,7 @@ class Training:
     def state(self) -> RunState:
         """What is saved of the run on this rank."""
         return RunState(
-            unwrapped(self.model),
+            tuple(unwrapped(chunk) for chunk in self.chunks),
             self.optimizer,
             self.layout,
             self.config.compute.precision,
@@ -64,8 +68,9 @@ def train(run: Training) -> Path:
     Raises InterruptedRun after a requested stop was honoured, NumericsError on a loss or gradient that
     is not finite.
     """
-    run.model.config.finalize_model_grads_func = finalize_model_grads
-    run.model.config.grad_scale_func = run.optimizer.scale_loss
+    config = run.chunks[0].config  # all chunks share it
+    config.finalize_model_grads_func = finalize_model_grads
+    config.grad_scale_func = run.optimizer.scale_loss
     saved = run.checkpoints
     for index in range(run.start.step, run.steps):
         figures, stop = train_step(run, index)
@@ -92,7 +97,8 @@ def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
         index + 1, steps=run.steps, warmup=settings.warmup_iters, peak=settings.lr, floor=settings.min_lr
     )
     set_learning_rate(run.optimizer, rate)
-    run.model.zero_grad_buffer()
+    for chunk in run.chunks:
+        chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     numbers = run.batches.row_numbers(run.consumed(index))
     loss, trained, stop = _forward_backward(run, run.batches.micro_batches(numbers), forward_only=False)
@@ -130,24 +136,30 @@ def evaluate(run: Training) -> tuple[float, int] | None:
     None when a rank was asked to stop on the way.
     """
     total, tokens, stop = 0.0, 0, False
-    run.model.eval()
+    _switch_to(run, training=False)
     with torch.no_grad():
         for batches in run.validation.evaluation():
             loss, trained, stop = _forward_backward(run, batches, forward_only=True)
             total, tokens = total + loss * trained, tokens + trained
             if stop:
                 break
-    run.model.train()
+    _switch_to(run, training=True)
     return None if stop else (total / tokens, tokens)
+
+
+def _switch_to(run: Training, *, training: bool) -> None:
+    for chunk in run.chunks:
+        chunk.train(training)
 
 
 def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> tuple[float, int, bool]:
     """Run one global batch; return its mean loss, its trained tokens, and whether a rank was asked to stop."""
-    micro = run.config.batch.micro_batch_size
+    micro, several = run.config.batch.micro_batch_size, len(run.chunks) > 1
+    shares = (share_of(batch, rank=context_rank(), size=run.layout.context) for batch in batches)
     results = get_forward_backward_func()(
-        forward_step_func=run.objective.forward_step,
-        data_iterator=batches,
-        model=[run.model],
+        forward_step_func=partial(forward_step, run.objective),
+        data_iterator=list(tee(shares, len(run.chunks))) if several else shares,
+        model=run.chunks,
         num_microbatches=run.layout.micro_batches,
         # Packed rows lie end to end: one long row in the eyes of megatron-core.
         seq_length=micro * row_length(run.config.data.seq_len, run.layout),
@@ -155,10 +167,19 @@ def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_o
         forward_only=forward_only,
     )
     mine = [0.0, 0.0]
-    if speaks_for_replica():
+    if speaks_for_its_tokens():
         mine = [float(sum(result[key] for result in results)) for key in ("loss", "trained_tokens")]
     loss, trained, stop = sum_over_ranks([*mine, float(stop_requested())])
     return loss / max(trained, 1.0), int(trained), stop > 0
+
+
+def forward_step(
+    objective: ModuleType, batches: Iterator[MicroBatch], model: torch.nn.Module
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """Run the next micro batch through `model`; return its output and the function that makes the loss of it."""
+    batch = next(batches).cuda()
+    output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
+    return output, partial(objective.loss, batch=batch)
 
 
 def _require_finite(what: str, value: float, run: Training, index: int) -> None:

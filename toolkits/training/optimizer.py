@@ -10,15 +10,15 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from .config import TrainConfig
-from .parallel.model import DTYPES, PaddedVocabularyGPT
+from .parallel.model import DTYPES, Chunks, sharded_state
 
 # Of fp16: halved at every overflow, doubled after a thousand good steps. What is scaled is the loss summed over
 # the tokens of a micro batch, hence less than the customary 2^16.
 INITIAL_LOSS_SCALE = 2.0**12
 
 
-def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> MegatronOptimizer:
-    """Return the optimizer of `model`; biases and norm weights have no weight decay."""
+def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
+    """Return the optimizer of all chunks; biases and norm weights have no weight decay."""
     settings, precision = config.optimizer, config.compute.precision
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
@@ -37,7 +37,7 @@ def build_optimizer(config: TrainConfig, model: DistributedDataParallel) -> Mega
             params_dtype=DTYPES[precision],
             use_distributed_optimizer=config.layout.distributed_optimizer,
         ),
-        [model],
+        chunks,
     )
     # megatron-core marks the groups and leaves it to its scheduler to apply the mark.
     for group in optimizer.param_groups:
@@ -58,16 +58,14 @@ def optimizer_state(
     return optimizer.sharded_state_dict(model_state, is_loading=is_loading, metadata=metadata)
 
 
-def restore_optimizer(
-    optimizer: MegatronOptimizer, model: PaddedVocabularyGPT, step_folder: Path, *, sharding: str | None
-) -> None:
+def restore_optimizer(optimizer: MegatronOptimizer, chunks: Chunks, step_folder: Path, *, sharding: str | None) -> None:
     """Load the state that `optimizer_state` described from a step folder; all ranks call it.
 
     megatron-core 0.16.1 by itself loads the moments of the distributed optimizer, without Transformer
     Engine or Apex, with a step count of zero.
     """
     inner = _inner(optimizer)
-    wanted = optimizer_state(optimizer, model.sharded_state_dict(), sharding=sharding, is_loading=True)
+    wanted = optimizer_state(optimizer, sharded_state(chunks), sharding=sharding, is_loading=True)
     loaded = dist_checkpointing.load({"optimizer": wanted}, str(step_folder))["optimizer"]
     for number, one in enumerate(inner):
         state = loaded if len(inner) == 1 else loaded[number]

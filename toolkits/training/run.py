@@ -144,24 +144,24 @@ def _set_up(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporte
     if resumed is not None:
         require_loadable(resumed, layout, precision=precision, sharding=sharding)
     _require_space(plan)
-    model = build_model(
+    chunks = build_model(
         source.settings, layout, config.compute, initialize=config.model.checkpoint == "none" and resumed is None
     )
     if resumed is None and source.hf_weights is not None:
-        load_huggingface(model, source.hf_weights)
+        load_huggingface(chunks, source.hf_weights)
     elif resumed is None and source.mcore_weights is not None:
-        load_mcore(model, source.mcore_weights)
-    wrapped = wrap(model, distributed_optimizer=config.layout.distributed_optimizer)
+        load_mcore(chunks, source.mcore_weights)
+    wrapped = wrap(chunks, distributed_optimizer=config.layout.distributed_optimizer)
     optimizer = build_optimizer(config, wrapped)
     if resumed is not None:
-        load_step(resumed, RunState(model, optimizer, layout, precision, sharding))
+        load_step(resumed, RunState(chunks, optimizer, layout, precision, sharding))
     replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
     return Training(
         config=config,
         layout=layout,
         steps=plan.steps,
         objective=objective,
-        model=wrapped,
+        chunks=wrapped,
         optimizer=optimizer,
         batches=Batches(plan.data.training, config.batch, layout, replica=replica, seed=seed),
         validation=Batches(plan.data.validation, config.batch, layout, replica=replica, seed=seed),

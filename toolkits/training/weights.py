@@ -14,13 +14,13 @@ from conversion.mcore_directory import is_weight
 from conversion.safe_pickle import scan_directory
 
 from ..foundation.errors import CheckpointError, raise_all
-from .parallel.model import PaddedVocabularyGPT
+from .parallel.model import Chunks, sharded_state
 
 
-def load_huggingface(model: PaddedVocabularyGPT, directory: Path) -> None:
+def load_huggingface(chunks: Chunks, directory: Path) -> None:
     """Fill this rank's weights from a HuggingFace directory, reading only the slices it holds."""
     source = HfAsMcore(directory)
-    state = model.sharded_state_dict()
+    state = sharded_state(chunks)
     apply_factories(state)
     tensors = [value for value in nested_values(state) if isinstance(value, ShardedTensor)]
     unknown = sorted({tensor.key for tensor in tensors} - set(source.tensors))
@@ -45,7 +45,7 @@ def _fill(tensor: ShardedTensor, source: HfAsMcore) -> None:
     tensor.data[: values.shape[0]].copy_(values)
 
 
-def load_mcore(model: PaddedVocabularyGPT, step_folder: Path) -> None:
+def load_mcore(chunks: Chunks, step_folder: Path) -> None:
     """Fill this rank's weights from a torch_dist step folder.
 
     Raises CheckpointError with every key that only one side has. Nothing is unpickled before the scan.
@@ -53,7 +53,7 @@ def load_mcore(model: PaddedVocabularyGPT, step_folder: Path) -> None:
     scan_directory(step_folder)
     try:
         state, missing_here, missing_there = dist_checkpointing.load(
-            model.sharded_state_dict(), str(step_folder), strict=StrictHandling.RETURN_ALL
+            sharded_state(chunks), str(step_folder), strict=StrictHandling.RETURN_ALL
         )
     except CheckpointingException as error:
         raise CheckpointError(f"{step_folder} does not fit its config.json: {error}") from error
@@ -61,4 +61,5 @@ def load_mcore(model: PaddedVocabularyGPT, step_folder: Path) -> None:
     problems += [f"{key} has no place in the model" for key in sorted(missing_here) if is_weight(key)]
     raise_all(CheckpointError, str(step_folder), problems)
     # Keys were compared above; what may be absent here is only `_extra_state`.
-    model.load_state_dict({name: value for name, value in state.items() if torch.is_tensor(value)}, strict=False)
+    for chunk, values in zip(chunks, state.values(), strict=True):
+        chunk.load_state_dict({name: value for name, value in values.items() if torch.is_tensor(value)}, strict=False)

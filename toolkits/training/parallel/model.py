@@ -47,23 +47,39 @@ class PaddedVocabularyGPT(GPTModel):
         return super().compute_language_model_loss(labels, logits)
 
 
+Chunks = tuple[PaddedVocabularyGPT, ...]  # this rank's parts of the model: one, or its virtual pipeline stages
+
+
 def build_model(
     settings: Mapping[str, Any], layout: Layout, compute: ComputeSettings, *, initialize: bool = True
-) -> PaddedVocabularyGPT:
-    """Build this rank's part of the model, bare (no wrapper), on the rank's device.
+) -> Chunks:
+    """Build this rank's chunks of the model, bare (no wrapper), on the rank's device.
 
     `settings` come from `conversion.plan.mcore_settings`; process groups must be up. `initialize` False
     leaves the weights as they are allocated, for a checkpoint to fill.
     """
     config = transformer_config(settings, layout, compute, initialize=initialize)
+    stages = range(layout.chunks) if layout.chunks > 1 else (None,)
+    return tuple(_chunk(settings, layout, compute, config, vp_stage=stage) for stage in stages)
+
+
+def _chunk(
+    settings: Mapping[str, Any],
+    layout: Layout,
+    compute: ComputeSettings,
+    config: TransformerConfig,
+    *,
+    vp_stage: int | None,
+) -> PaddedVocabularyGPT:
     vocab_size = settings["vocab_size"]
     model = PaddedVocabularyGPT(
         config,
-        decoder_spec(config, flash_attention=compute.flash_attention),
+        decoder_spec(config, flash_attention=compute.flash_attention, vp_stage=vp_stage),
         vocab_size=-(-vocab_size // layout.tensor) * layout.tensor,
         max_sequence_length=settings["max_position_embeddings"],
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
+        pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
+        post_process=parallel_state.is_pipeline_last_stage(ignore_virtual=False, vp_stage=vp_stage),
+        vp_stage=vp_stage,
         share_embeddings_and_output_weights=settings["share_embeddings_and_output_weights"],
         position_embedding_type="rope",
         rotary_base=settings["rotary_base"],
@@ -85,6 +101,12 @@ def transformer_config(
         activation_func=ACTIVATIONS[settings["activation"]],
         tensor_model_parallel_size=layout.tensor,
         pipeline_model_parallel_size=layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
+        # Sends that overlap are paired by direction; in one batch, two stages could not tell an activation from a
+        # gradient.
+        overlap_p2p_comm=layout.chunks > 1,
+        batch_p2p_comm=layout.chunks == 1,
+        context_parallel_size=layout.context,
         sequence_parallel=layout.sequence,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers or None,
         bf16=compute.precision == "bf16",
@@ -124,15 +146,21 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def wrap(model: PaddedVocabularyGPT, *, distributed_optimizer: bool) -> DistributedDataParallel:
-    """Put the model behind megatron-core's data parallelism, gradients in fp32."""
-    config = model.config
+def wrap(chunks: Chunks, *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
+    """Put each chunk behind megatron-core's data parallelism, gradients in fp32."""
+    config = chunks[0].config
     gradients = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
     )
-    return DistributedDataParallel(
-        config, gradients, Float16Module(config, model) if config.bf16 or config.fp16 else model
-    )
+    half = config.bf16 or config.fp16
+    return [
+        DistributedDataParallel(config, gradients, Float16Module(config, chunk) if half else chunk) for chunk in chunks
+    ]
+
+
+def sharded_state(chunks: Chunks) -> dict[str, dict[str, Any]]:
+    """Return the sharded state of every chunk; what is saved is named by the tensors' own keys, not by the chunk."""
+    return {f"chunk{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
 
 
 def unwrapped(model: torch.nn.Module) -> PaddedVocabularyGPT:

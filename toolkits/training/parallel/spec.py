@@ -12,8 +12,10 @@ from .attention import PackedAttention, ReferenceAttention
 from .norm import RMSNorm
 
 
-def decoder_spec(config: TransformerConfig, *, flash_attention: bool = True) -> TransformerBlockSubmodules:
-    """Return the spec of this pipeline stage's layers and of the final norm."""
+def decoder_spec(
+    config: TransformerConfig, *, flash_attention: bool = True, vp_stage: int | None = None
+) -> TransformerBlockSubmodules:
+    """Return the spec of the layers of this pipeline stage, or virtual stage, and of the final norm."""
     layer = get_gpt_layer_local_spec(normalization=config.normalization, qk_layernorm=config.qk_layernorm)
     parts = layer.submodules
     parts.input_layernorm = parts.pre_mlp_layernorm = RMSNorm
@@ -21,4 +23,5 @@ def decoder_spec(config: TransformerConfig, *, flash_attention: bool = True) -> 
     attention.core_attention = PackedAttention if flash_attention else ReferenceAttention
     if config.qk_layernorm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
-    return TransformerBlockSubmodules(layer_specs=[layer] * get_num_layers_to_build(config), layer_norm=RMSNorm)
+    layers = [layer] * get_num_layers_to_build(config, vp_stage)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)

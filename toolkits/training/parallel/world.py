@@ -25,7 +25,12 @@ def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
     torch.distributed.init_process_group(backend, timeout=TIMEOUT)
-    parallel_state.initialize_model_parallel(layout.tensor, layout.pipeline)
+    parallel_state.initialize_model_parallel(
+        layout.tensor,
+        layout.pipeline,
+        virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
+        context_parallel_size=layout.context,
+    )
     # Random weights: equal on the ranks that share a layer, different from one pipeline stage to the next.
     seed += STAGE_SEED * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
@@ -67,8 +72,15 @@ def gather(value: Any) -> list[Any]:
     return values
 
 
-def speaks_for_replica() -> bool:
-    """Say whether this rank is the one that reports its data-parallel replica's loss."""
+def context_rank() -> int:
+    """Return which share of each row's tokens this rank holds."""
+    from megatron.core import parallel_state
+
+    return parallel_state.get_context_parallel_rank()
+
+
+def speaks_for_its_tokens() -> bool:
+    """Say whether this rank is the one that reports the loss of the tokens it shares with others."""
     from megatron.core import parallel_state
 
     return parallel_state.is_pipeline_last_stage() and parallel_state.get_tensor_model_parallel_rank() == 0
