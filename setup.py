@@ -33,6 +33,8 @@ setup(
     ],
     extras_require={
         "te": ["transformer-engine[pytorch]"],
+        "wandb": ["wandb"],
+        "mlflow": ["mlflow-skinny<4"],  # enough for its file store
         "dev": ["pytest", "ruff", "mypy"],
     },
 )

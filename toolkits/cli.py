@@ -37,7 +37,9 @@ COMMANDS = {
     "convert": ("toolkits.commands.convert", "convert", "HuggingFace checkpoints to and from Megatron-core."),
     "data": ("toolkits.commands.data", "data", "Build a dataset and look at its rows."),
     "plan": ("toolkits.commands.plan", "plan", "What a run needs, which layouts fit, and its launcher line."),
+    "runs": ("toolkits.commands.runs", "runs", "List runs, and show one with its curve and its lineage."),
     "train": ("toolkits.commands.train", "train", "Tune a model with Megatron-core."),
+    "verify": ("toolkits.commands.verify", "verify", "Run a model on both sides and compare its logits."),
 }
 
 

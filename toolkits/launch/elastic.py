@@ -9,7 +9,7 @@ import os
 import signal
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,12 +36,13 @@ def start_ranks(
     nodes: Nodes = ALONE,
     grace: float = 60,
     module: str = "toolkits.training",
+    on_end: Callable[[int, str], object] = lambda _code, _words: None,
 ) -> int:
     """Run `python -m module arguments` `ranks` times on this node and return the exit code of the job.
 
     That is 0, or the code of the rank that failed first (128 + n when signal n killed it), whose message
     is printed; or 75 when a signal came and every rank saved within `grace` seconds, or when another of the
-    `nodes` fell silent. Raises what `joining.join` raises.
+    `nodes` fell silent. `on_end` hears code and message before. Raises what `joining.join` raises.
     """
     stop_signals = [number for number in STOP_SIGNALS if signal.getsignal(number) != signal.SIG_IGN]  # nohup
     with _signals_restored(stop_signals):
@@ -69,6 +70,7 @@ def start_ranks(
         if own.code and not ending.deaths:
             peers.report(own)
         verdict = peers.conclude(own)
+        on_end(verdict.code, verdict.words)
         if verdict.words:
             print(verdict.words, file=sys.stderr, flush=True)
         return verdict.code

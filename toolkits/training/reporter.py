@@ -1,4 +1,4 @@
-"""What a run says: one line a step on the screen and in the log, TensorBoard, and a picture of the loss."""
+"""What a run says: a line a step, metrics.jsonl, trackers, run.json, and a picture of the loss."""
 
 import contextlib
 import dataclasses
@@ -6,16 +6,19 @@ import json
 import resource
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import torch
 
 from ..foundation.errors import InterruptedRun
 from ..foundation.progress import clock, human_bytes
 from ..foundation.publish import write_text
+from ..monitoring.series import Series
+from ..monitoring.trackers import Tracker
+from .watch import Watch
 
 LOSS_PICTURE = "loss.png"
 METRICS = "metrics.jsonl"
@@ -32,36 +35,47 @@ class StepFigures:
     tokens: int  # without padding
     trained_tokens: int
     seconds: float
+    more: Mapping[str, float] = field(default_factory=dict)  # what the objective measures beside, by name
+
+    @property
+    def rate(self) -> float:
+        """Tokens a second."""
+        return self.tokens / self.seconds
+
+    def flat(self) -> dict[str, Any]:
+        """Return all figures by name, as metrics.jsonl has them."""
+        fixed = dataclasses.asdict(self)
+        return {**fixed, **fixed.pop("more")}
 
 
 @dataclass
 class Reporter:
-    """Writes for rank 0; the other ranks only note what goes wrong.
+    """Speaks for rank 0, which has a `watch`; the other ranks only note what goes wrong.
 
     `log` is shared by all ranks, so that the one that fails can leave its traceback there. `history` has
-    the steps of this start, `losses` and `validation` are (step, loss) of the whole run.
+    the steps of this start; `losses`, `validation` and `rates` are of the whole run.
     """
 
     steps: int
     log: Path
-    tensorboard: Path
     folder: Path  # of the run: metrics.jsonl and loss.png
-    active: bool
+    watch: Watch | None = None
+    trackers: list[Tracker] = field(default_factory=list)
     first_step: int = 0  # steps that were taken by earlier starts of this run
     history: list[StepFigures] = field(default_factory=list)
-    losses: list[tuple[int, float]] = field(default_factory=list)
-    validation: list[tuple[int, float]] = field(default_factory=list)
+    losses: Series = field(default_factory=Series)
+    validation: Series = field(default_factory=Series)
+    rates: Series = field(default_factory=Series)  # tokens a second
+    trained_tokens: int = 0
 
     def __post_init__(self) -> None:
         self._started = time.monotonic()
         self._file: TextIO | None = None
-        if self.active:
-            from torch.utils.tensorboard import SummaryWriter
-
+        if self.watch is not None:
             self.log.parent.mkdir(parents=True, exist_ok=True)
             self._file = open(self.log, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-            self._board = SummaryWriter(str(self.tensorboard))
             self._recall()
+            self._show(log=str(self.log.absolute()))
 
     def say(self, text: str) -> None:
         """Print a line to the screen and the log."""
@@ -72,43 +86,87 @@ class Reporter:
     def step(self, figures: StepFigures) -> None:
         """Report a finished step."""
         self.history.append(figures)
-        if not self.active:
+        if self.watch is None:
             return
-        self.losses.append((figures.step, figures.loss))
-        self._note(dataclasses.asdict(figures))
-        rate = figures.tokens / figures.seconds
+        self._count(figures.flat())
+        self._note(figures.flat())
         left = (time.monotonic() - self._started) / len(self.history) * (self.steps - figures.step)
         self.say(
             f"step {figures.step}/{self.steps} | loss {figures.loss:.6f} | lr {figures.learning_rate:.3e}"
-            f" | {_grad_norm(figures.grad_norm)} | {rate:,.0f} tokens/s | trained tokens {figures.trained_tokens:,}"
+            f" | {_grad_norm(figures.grad_norm)} | {figures.rate:,.0f} tokens/s"
+            f" | trained tokens {figures.trained_tokens:,}{''.join(f' | {n} {v:.4g}' for n, v in figures.more.items())}"
             f" | memory {human_bytes(peak_memory())} | {clock(left)} left"
         )
+        self._show(eta_seconds=left)
         scalars = {
             "train/loss": figures.loss,
             "train/learning_rate": figures.learning_rate,
             "train/grad_norm": figures.grad_norm,
             "train/trained_tokens": figures.trained_tokens,
-            "speed/tokens_per_second": rate,
+            **{f"train/{name}": value for name, value in figures.more.items()},
+            "speed/tokens_per_second": figures.rate,
             "speed/step_seconds": figures.seconds,
             "memory/peak_bytes": peak_memory(),
         }
-        for name, value in scalars.items():
-            if value is not None:
-                self._board.add_scalar(name, value, figures.step)
+        self._track(figures.step, {name: value for name, value in scalars.items() if value is not None})
 
     def validated(self, step: int, loss: float, tokens: int) -> None:
         """Report a validation pass after `step`."""
-        if self.active:
-            self.validation.append((step, loss))
+        if self.watch is not None:
+            self.validation.add(step, loss)
             self._note({"step": step, "validation_loss": loss, "trained_tokens": tokens})
             self.say(f"validation after step {step} | loss {loss:.6f} | trained tokens {tokens:,}")
-            self._board.add_scalar("validation/loss", loss, step)
+            self._show()
+            self._track(step, {"validation/loss": loss})
+            self.draw()
+
+    def saved(self, folder: Path) -> None:
+        """Report a checkpoint."""
+        if self.watch is not None:
+            self.say(f"saved {folder}")
+            self.draw()
+            self.watch.lineage.saved()
+
+    def exported(self, folder: Path, *, step: str) -> None:
+        """Report that `step` was exported as the HuggingFace checkpoint `folder`."""
+        if self.watch is not None:
+            self.watch.lineage.exported(folder, step=step)
+            self.say(f"exported {folder}")
+
+    def doing(self, state: str) -> contextlib.AbstractContextManager[None]:
+        """Let run.json say `state` while the block runs."""
+        return contextlib.nullcontext() if self.watch is None else self.watch.record.doing(state)
 
     def draw(self) -> None:
         """Write the picture of all losses so far."""
-        if self.active:
-            self._board.flush()
-            draw_losses(self.folder / LOSS_PICTURE, self.losses, self.validation)
+        draw_losses(self.folder / LOSS_PICTURE, self.losses.points, self.validation.points)
+
+    def enter(self, state: str) -> None:
+        """Let run.json say `state` from now on."""
+        if self.watch is not None:
+            self.watch.record.enter(state)
+
+    @contextlib.contextmanager
+    def noting_failure(self) -> Iterator[None]:
+        """Leave the traceback of what goes wrong in the block in the log, on whichever rank it does.
+
+        The trackers are closed with it, so that they hear how it ended.
+        """
+        succeeded = False
+        try:
+            yield
+            succeeded = True
+        except InterruptedRun:
+            raise
+        except Exception:
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with open(self.log, "a", encoding="utf-8") as file:
+                file.write(traceback.format_exc())
+            raise
+        finally:
+            for tracker in tuple(self.trackers):
+                with self._kept_going(tracker):
+                    tracker.close(succeeded=succeeded)
 
     def _recall(self) -> None:
         """Read the figures of earlier starts back, and forget those of steps that are taken again."""
@@ -123,27 +181,46 @@ class Reporter:
                 continue
             kept.append(line)
             if "validation_loss" in figures:
-                self.validation.append((figures["step"], figures["validation_loss"]))
+                self.validation.add(figures["step"], figures["validation_loss"])
             else:
-                self.losses.append((figures["step"], figures["loss"]))
+                self._count(figures)
         write_text(path, "".join(kept))
 
-    def _note(self, figures: dict[str, float]) -> None:
+    def _count(self, figures: Mapping[str, Any]) -> None:
+        self.losses.add(figures["step"], figures["loss"])
+        self.rates.add(figures["step"], figures["tokens"] / figures["seconds"])
+        self.trained_tokens += figures["trained_tokens"]
+
+    def _note(self, figures: dict[str, Any]) -> None:
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
             file.write(json.dumps(figures) + "\n")
 
+    def _show(self, **figures: Any) -> None:
+        """Let run.json have the newest figures."""
+        assert self.watch is not None
+        step = self.losses.points[-1][0] if self.losses.points else self.first_step
+        self.watch.record.update(
+            step=step,
+            **figures,
+            loss=self.losses.summary(),
+            validation=self.validation.summary(),
+            tokens_per_second=self.rates.summary(),
+            trained_tokens=self.trained_tokens,
+        )
+
+    def _track(self, step: int, figures: Mapping[str, float]) -> None:
+        for tracker in tuple(self.trackers):
+            with self._kept_going(tracker):
+                tracker.scalars(step, figures)
+
     @contextlib.contextmanager
-    def noting_failure(self) -> Iterator[None]:
-        """Leave the traceback of what goes wrong in the block in the log, on whichever rank it does."""
+    def _kept_going(self, tracker: Tracker) -> Iterator[None]:
+        """Give a tracker up that fails, whatever the reason: training does not depend on it."""
         try:
             yield
-        except InterruptedRun:
-            raise
-        except Exception:
-            self.log.parent.mkdir(parents=True, exist_ok=True)
-            with open(self.log, "a", encoding="utf-8") as file:
-                file.write(traceback.format_exc())
-            raise
+        except Exception as error:
+            self.trackers.remove(tracker)
+            self.say(f"{tracker.name} failed and gets no more figures: {error}")
 
 
 def _grad_norm(norm: float | None) -> str:
