@@ -5,7 +5,7 @@ from collections.abc import Mapping
 
 from toolkits.foundation.errors import CheckpointError, raise_all
 
-from .plan import SIZE_FIELDS, Part, Plan
+from .plan import Part, Plan
 
 _LAYER = re.compile(r"(.*\blayers\.(\d+))\.(.+)")
 
@@ -27,14 +27,14 @@ def account(plan: Plan, shapes: Mapping[str, tuple[int, ...]], *, where: str) ->
     for name, (step, number) in plan.hf_tensors.items():
         part = step.parts[number]
         if name in shapes and shapes[name] != part.shape:
-            problems.append(f"{name}: {compare_shapes(shapes[name], part)}")
+            problems.append(f"{name}: {compare_shapes(shapes[name], part, plan)}")
     raise_all(CheckpointError, f"{where} is not the model that its config.json describes", problems)
 
 
-def compare_shapes(found: tuple[int, ...], part: Part) -> str:
+def compare_shapes(found: tuple[int, ...], part: Part, plan: Plan) -> str:
     """Say how a shape differs from the plan's and which fields of config.json to look at."""
     fields = [
-        SIZE_FIELDS[axis]
+        plan.config_fields(axis)
         for axis, size, expected in zip(part.axes, found, part.shape, strict=False)
         if size != expected
     ]

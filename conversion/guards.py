@@ -28,8 +28,11 @@ def explain_nonfinite(name: str, stored: torch.Tensor, dtype: torch.dtype) -> No
     raise CheckpointError(f"{describe_nonfinite(stored)} in {name}; --allow-nonfinite converts it all the same")
 
 
-def note_dtype(said: str | None, dtypes: Iterable[torch.dtype]) -> None:
-    """Say so when config.json names another type than the tensors have."""
+def note_dtype(said: str | None, dtypes: Iterable[torch.dtype]) -> list[str]:
+    """Say so when config.json names another type than the tensors have, and return what was said."""
     kinds = sorted({name_of(dtype) for dtype in dtypes})
-    if said is not None and kinds != [said]:
-        print(f"note: config.json says {said}, the tensors are {', '.join(kinds)}: kept as they are", file=sys.stderr)
+    if said is None or kinds == [said]:
+        return []
+    note = f"config.json says {said}, the tensors are {', '.join(kinds)}: kept as they are"
+    print(f"note: {note}", file=sys.stderr)
+    return [note]

@@ -1,24 +1,24 @@
-"""A HuggingFace directory: lazy reader and streaming writer of safetensors.
+"""A HuggingFace directory: lazy reader, and the files of a new one.
 
-A safetensors file, in bytes: `u64` little endian header length N; N bytes of JSON that map each name to
-{"dtype": "BF16", "shape": [...], "data_offsets": [start, stop]}; then the data, offsets counted from its
-first byte. Several files come with `model.safetensors.index.json`, whose `weight_map` says which tensor
-lies in which file.
+Several files come with an index (`model.safetensors.index.json`, `pytorch_model.bin.index.json`), whose
+`weight_map` says which tensor lies in which file.
 """
 
-import json
 import math
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from toolkits.foundation.errors import CheckpointError, raise_all
-from toolkits.foundation.progress import human_bytes
 
+from . import bin_file, block_fp8, safetensors_file
+from .filling import File, Span
 from .mapped_file import MappedFolder
+from .safe_files import is_plain_name, read_json, stays_inside
+from .safetensors_file import DTYPES, StoredTensor
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -40,44 +40,53 @@ SIDECAR_FILES = (
     "chat_template.*",
     "additional_chat_templates/*",
     "*.tiktoken",
+    "temper_lineage.json",  # what a run leaves in its exports
 )
-
-# What config.json and the headers call the types that are read; any other is refused by its name.
-_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000
+CONVERTED = ("F32", "F16", "BF16")  # as headers call them; any other type is refused by its name
 
 
-@dataclass(frozen=True)
-class StoredTensor:
-    """A tensor of a safetensors file: `start` is its first byte, `dtype` as the header calls it."""
+class Kind(NamedTuple):
+    """A way to keep weights: in one file, or in several with an index."""
 
-    file: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
+    index: str
+    single: str
+    read_header: Callable[[Path], dict[str, StoredTensor]]
+
+
+# Where both are there, safetensors are read.
+KINDS = (
+    Kind(INDEX_FILE, SINGLE_FILE, safetensors_file.read_header),
+    Kind("pytorch_model.bin.index.json", "pytorch_model.bin", bin_file.read_header),
+)
 
 
 class HfCheckpoint:
     """The tensors of a HuggingFace directory by name, read when they are asked for.
 
     Opening it reads config.json and the headers, and checks them against each other, against the index
-    and against the sizes of the files. Raises CheckpointError that lists everything that is wrong.
+    and against the sizes of the files. FP8 weights are refused unless `dequantize`: then they are bfloat16, and
+    `config` is that of a model which never was quantized. Raises CheckpointError that lists everything wrong.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, *, dequantize: bool = False) -> None:
         self.directory = Path(directory)
         self.config = read_config(self.directory)
         self._files = MappedFolder(self.directory)
-        weight_map = _read_index(self.directory)
-        names = sorted(set(weight_map.values())) if weight_map is not None else [_single_file(self.directory)]
-        _check_files(self.directory, names)
-        headers = {name: _read_header(self.directory / name) for name in names}
-        if weight_map is not None:
-            _check_index(self.directory, weight_map, headers)
-        self.tensors: dict[str, StoredTensor] = {
-            name: stored for header in headers.values() for name, stored in header.items()
-        }
+        self.tensors: dict[str, StoredTensor] = _read_headers(self.directory)
+        self._scales: dict[str, StoredTensor] = {}
+        if not dequantize:
+            block_fp8.require_plain(self.directory, self.config, self.tensors)
+            return
+        self._block = block_fp8.block_of(self.directory, self.config)
+        scales = block_fp8.scales_of(self.directory, self.tensors, self._block)
+        self._scales = {name: self.tensors.pop(scale) for name, scale in scales.items()}
+        self.config = block_fp8.plain_config(self.config)
+
+    @property
+    def files(self) -> list[Path]:
+        """config.json and the files that the tensors lie in."""
+        stored = [*self.tensors.values(), *self._scales.values()]
+        return [self.directory / name for name in (CONFIG_FILE, *sorted({tensor.file for tensor in stored}))]
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
@@ -85,15 +94,23 @@ class HfCheckpoint:
 
     def dtype(self, name: str) -> torch.dtype:
         """Return the type of a tensor; raise CheckpointError when it is not one of the float types."""
+        if name in self._scales:
+            return block_fp8.DTYPE
         stored = self.tensors[name].dtype
-        if stored not in _DTYPES:
-            raise CheckpointError(f"{name} is {stored}; only {', '.join(_DTYPES)} are converted")
-        return _DTYPES[stored]
+        if stored not in CONVERTED:
+            raise CheckpointError(f"{name} is {stored}; only {', '.join(CONVERTED)} are converted")
+        return DTYPES[stored]
 
     def read(self, name: str) -> torch.Tensor:
-        """Return a tensor as a view of its file: copy it before changing it."""
-        stored = self.tensors[name]
-        return self._files.file(stored.file).tensor(self.dtype(name), stored.shape, stored.start)
+        """Return a tensor, as a view of its file unless it is dequantized: copy it before changing it."""
+        stored = self._stored(self.tensors[name])
+        if name not in self._scales:
+            return stored
+        return block_fp8.dequantized(stored, self._stored(self._scales[name]), self._block)
+
+    def _stored(self, tensor: StoredTensor) -> torch.Tensor:
+        file = self._files.file(tensor.file)
+        return file.tensor(DTYPES[tensor.dtype], tensor.shape, tensor.start, stride=tensor.stride)
 
 
 def read_config(directory: Path) -> dict:
@@ -101,78 +118,56 @@ def read_config(directory: Path) -> dict:
     path = Path(directory) / CONFIG_FILE
     if not path.is_file():
         raise CheckpointError(f"{path} is missing: {directory} is not a HuggingFace checkpoint")
-    return _read_json(path)
+    return read_json(path)
 
 
 def is_hf_directory(directory: Path) -> bool:
-    """Whether `directory` holds config.json and safetensors."""
+    """Whether `directory` holds config.json and weights."""
     directory = Path(directory)
-    return (directory / CONFIG_FILE).is_file() and any(directory.glob("*.safetensors*"))
+    weights = (path for kind in KINDS for path in (directory / kind.index, directory / kind.single))
+    return (directory / CONFIG_FILE).is_file() and any(path.is_file() for path in weights)
 
 
 def copy_sidecar_files(source: Path, target: Path) -> None:
-    """Copy config.json, the generation config and every tokenizer file, byte for byte, links resolved."""
+    """Copy config.json, the generation config and every tokenizer file, byte for byte, links resolved.
+
+    Raises CheckpointError for a link that leads out of `source`: what it points to is nobody's to hand on.
+    """
     for pattern in SIDECAR_FILES:
         for path in sorted(Path(source).glob(pattern)):
+            if not stays_inside(Path(source), path):
+                raise CheckpointError(f"unsafe link {path}: it leads out of its folder; put the file itself there")
             if path.is_file():
                 copy = Path(target) / path.relative_to(source)
                 copy.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, copy)
 
 
-def write_safetensors(
-    directory: Path,
+def safetensors_files(
     tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    read: Callable[[str], torch.Tensor],
+    span: Callable[[str, StoredTensor], Span],
     *,
-    advance: Callable[[int], None],
     shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Stream tensors into `directory`: one model.safetensors, or shards and their index when it takes several.
+) -> tuple[list[File], dict | None]:
+    """Return the files that hold `tensors`, type and shape of each in their order, and their index if several.
 
-    `tensors` gives type and shape of each name, in the order to write; `read` gives its data when its turn
-    comes; `advance` is told the bytes written.
+    `span` is asked for what fills the place of a tensor.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (dtype, shape) in tensors.items()}
-    shards = _shards(sizes, shard_bytes)
-    weight_map = {}
+    shards = _cut(sizes, shard_bytes)
+    files, weight_map = [], {}
     for number, names in enumerate(shards, start=1):
         file = SINGLE_FILE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        _write_file(directory / file, {name: tensors[name] for name in names}, read, advance)
+        header, places = safetensors_file.lay_out(file, {name: tensors[name] for name in names})
+        size = len(header) + sum(sizes[name] for name in names)
+        files.append(File(file, size, [(0, header)], [span(name, place) for name, place in places.items()]))
         weight_map.update(dict.fromkeys(names, file))
-    if len(shards) > 1:
-        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
-        (directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+    index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": weight_map}
+    return files, index if len(shards) > 1 else None
 
 
-def _write_file(
-    path: Path,
-    tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]],
-    read: Callable[[str], torch.Tensor],
-    advance: Callable[[int], None],
-) -> None:
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, (dtype, shape) in tensors.items():
-        start, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with open(path, "wb", buffering=0) as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, (dtype, shape) in tensors.items():
-            data = read(name)
-            assert data.dtype == dtype and tuple(data.shape) == shape, name
-            _write_all(file, data.contiguous().view(-1).view(torch.uint8).numpy().data)
-            advance(data.nbytes)
-
-
-def _write_all(file, data: memoryview) -> None:  # type: ignore[no-untyped-def]
-    while data:  # one write takes 2 GiB at most
-        data = data[file.write(data) :]
-
-
-def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
+    """Cut names, in their order, into runs of at most `shard_bytes`, or of one that is larger."""
     shards: list[list[str]] = [[]]
     filled = 0
     for name, size in sizes.items():
@@ -184,87 +179,40 @@ def _shards(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _read_json(path: Path) -> dict:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON: {error}") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path} is not a JSON object")
-    return content
+def _read_headers(directory: Path) -> dict[str, StoredTensor]:
+    kind = next((kind for kind in KINDS if any((directory / name).exists() for name in kind[:2])), None)
+    if kind is None:
+        raise CheckpointError(f"{directory} has no weights: neither {' nor '.join(kind.single for kind in KINDS)}")
+    weight_map = _read_index(directory / kind.index)
+    names = [kind.single] if weight_map is None else sorted(set(weight_map.values()))
+    _check_files(directory, names)
+    headers = {name: kind.read_header(directory / name) for name in names}
+    if weight_map is not None:
+        _check_index(directory / kind.index, weight_map, headers)
+    return {name: stored for header in headers.values() for name, stored in header.items()}
 
 
-def _read_index(directory: Path) -> dict[str, str] | None:
-    path = directory / INDEX_FILE
+def _read_index(path: Path) -> dict[str, str] | None:
     if not path.is_file():
         return None
-    weight_map = _read_json(path).get("weight_map")
+    weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise CheckpointError(f"{path} has no weight_map of names to files")
     return weight_map
 
 
-def _single_file(directory: Path) -> str:
-    if (directory / SINGLE_FILE).exists():
-        return SINGLE_FILE
-    others = sorted(path.name for path in [*directory.glob("*.safetensors"), *directory.glob("*.bin")])
-    found = f"; found {', '.join(others[:5])}" if others else ""
-    raise CheckpointError(f"{directory} has neither {SINGLE_FILE} nor {INDEX_FILE}{found} (only safetensors are read)")
-
-
 def _check_files(directory: Path, names: Sequence[str]) -> None:
-    unsafe = [f"unsafe shard path {name!r}" for name in names if not _is_safe(directory, name)]
+    unsafe = [
+        f"unsafe shard path {name!r}"
+        for name in names
+        if not is_plain_name(name) or not stays_inside(directory, directory / name)
+    ]
     raise_all(CheckpointError, str(directory), unsafe)
     missing = [f"shard {name} is missing" for name in names if not (directory / name).is_file()]
     raise_all(CheckpointError, f"{directory} is incomplete", missing)
 
 
-def _is_safe(directory: Path, name: str) -> bool:
-    if not name or name != Path(name).name or name == "..":
-        return False
-    target, home = (directory / name).resolve(), directory.resolve()
-    # The hub's cache keeps MODEL/snapshots/COMMIT/NAME as links into MODEL/blobs.
-    homes = [home, home.parent.parent / "blobs"] if home.parent.name == "snapshots" else [home]
-    return target.parent in homes
-
-
-def _read_header(path: Path) -> dict[str, StoredTensor]:
-    size = path.stat().st_size
-    again = "; download or copy it again"
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{path}: {size:,} bytes are too few for its header, it is cut short{again}")
-        raw = file.read(length)
-    try:
-        header = json.loads(raw)
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        spans = {name: tuple(int(at) for at in entry["data_offsets"]) for name, entry in entries.items()}
-        stored = {
-            name: StoredTensor(path.name, str(entry["dtype"]), tuple(entry["shape"]), 8 + length + spans[name][0])
-            for name, entry in entries.items()
-        }
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
-        raise CheckpointError(f"{path}: its header is damaged ({error!r}){again}") from None
-    promised = 8 + length + max((stop for _, stop in spans.values()), default=0)
-    if promised != size:
-        raise CheckpointError(
-            f"{path}: header promises {human_bytes(promised)} ({promised:,} bytes), "
-            f"file has {human_bytes(size)} ({size:,}){again}"
-        )
-    raise_all(CheckpointError, f"{path} is damaged", list(_span_problems(stored, spans)))
-    return stored
-
-
-def _span_problems(stored: Mapping[str, StoredTensor], spans: Mapping[str, tuple[int, ...]]) -> Iterable[str]:
-    for name, tensor in stored.items():
-        start, stop = spans[name]
-        itemsize = _DTYPES[tensor.dtype].itemsize if tensor.dtype in _DTYPES else None
-        if start < 0 or stop < start or (itemsize and stop - start != math.prod(tensor.shape) * itemsize):
-            yield f"{name}: {stop - start:,} bytes for {tensor.dtype} {list(tensor.shape)}"
-
-
-def _check_index(directory: Path, weight_map: Mapping[str, str], headers: Mapping[str, dict]) -> None:
+def _check_index(index: Path, weight_map: Mapping[str, str], headers: Mapping[str, dict]) -> None:
     """Hold the index against the headers, both ways."""
     problems = []
     places: dict[str, list[str]] = {}
@@ -280,4 +228,4 @@ def _check_index(directory: Path, weight_map: Mapping[str, str], headers: Mappin
         elif weight_map[name] not in found:
             elsewhere = f", it is in {found[0]}" if found else ""
             problems.append(f"{name} is not in {weight_map[name]} as the index says{elsewhere}")
-    raise_all(CheckpointError, f"{directory}: {INDEX_FILE} and the shards disagree", problems)
+    raise_all(CheckpointError, f"{index.parent}: {index.name} and the shards disagree", problems)

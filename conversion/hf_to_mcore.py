@@ -1,76 +1,95 @@
 """HuggingFace -> Megatron-core, streamed."""
 
+import json
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from toolkits.foundation.progress import Progress
-from toolkits.foundation.publish import publish_directory, require_space
+from toolkits.foundation.publish import temporary_of
 
 from .guards import explain_nonfinite, note_dtype, refuse_overlap
 from .hf_as_mcore import HfAsMcore
-from .hf_checkpoint import copy_sidecar_files
-from .layout import dtype_named, is_finite
+from .hf_checkpoint import CONFIG_FILE, copy_sidecar_files
+from .layout import is_finite
+from .mapped_file import MappedFolder
 from .mcore_as_hf import McoreAsHf
 from .mcore_directory import HF_FOLDER, RELEASE, TRACKER_FILE
-from .mcore_writer import Chunk, write_step
-from .plan import Plan, Step, config_dtype
-from .verify import require_equal
+from .mcore_writer import Chunk, Place, lay_out
+from .options import Options
+from .output import publish_output, state_of
+from .plan import Plan, Step
+from .read_back import differences
+from .recorded import check_recorded
+from .report import Story, place_of, write_report
+from .safe_pickle import Archive
+from .settings import config_dtype
 
 
-def convert(
-    src: Path,
-    dst: Path,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    verify: bool = True,
-    allow_nonfinite: bool = False,
-) -> Plan:
+def convert(src: Path, dst: Path, **choices: Any) -> Plan:
     """Write the Megatron-core directory `dst` from the HuggingFace directory `src` and return the plan.
 
-    `dtype` casts (float32, float16, bfloat16). `verify` reads the result again and compares bit for bit
-    before it is published. Raises CheckpointError, UsageError or DiskError; `dst` is then as it was.
+    `choices` are `Options`. Raises CheckpointError, UsageError, DiskError or InterruptedRun; `dst` is then as it was.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst, options = Path(src), Path(dst), Options(**choices)
     refuse_overlap(src, dst)
-    weights = HfAsMcore(src, dtype=dtype)
-    if dtype is None:
-        note_dtype(config_dtype(weights.source.config), (tensor.dtype for tensor in weights.tensors.values()))
-    chunks = list(_chunks(weights, allow_nonfinite))
-    num_bytes = sum(chunk.num_bytes for chunk in chunks)
-    require_space(dst, num_bytes)
-    with publish_directory(dst, overwrite=overwrite) as temporary:
-        with Progress("converting", num_bytes, unit="B") as progress:
-            write_step(temporary / RELEASE, chunks, weights.plan.extra_states, advance=progress.advance)
+    weights = HfAsMcore(src, dtype=options.dtype, dequantize=options.dequantize)
+    source, plan = weights.source, weights.plan
+    check_recorded(src, plan, everything=False)
+    kinds = [tensor.dtype for tensor in weights.tensors.values()]
+    notes = note_dtype(config_dtype(source.config), kinds) if options.dtype is None else []
+    step_layout = lay_out(list(_chunks(weights, temporary_of(dst) / RELEASE, options)), plan.extra_states)
+
+    def finish(temporary: Path, hashes: dict[str, str]) -> None:
+        step_layout.finish(temporary / RELEASE)
         copy_sidecar_files(src, temporary / HF_FOLDER)
+        if options.dequantize:
+            (temporary / HF_FOLDER / CONFIG_FILE).write_text(json.dumps(source.config, indent=2, ensure_ascii=False))
         (temporary / TRACKER_FILE).write_text(RELEASE)
-        if verify:
-            require_equal(weights.plan, weights.source, McoreAsHf(temporary), cast=dtype_named(dtype))
-    return weights.plan
+        if options.verify:
+            McoreAsHf(temporary)  # accounts for every tensor
+        left_out = source.tensors.keys() - plan.hf_tensors.keys()
+        story = Story("hf2mcore", src, options.verify, cast=options.dtype, notes=notes, left_out=sorted(left_out))
+        write_report(temporary, plan, story, hashes=hashes)
+
+    facts = {"source": str(src.resolve()), "files of the source": state_of(source.files)}
+    files = [file.inside(RELEASE) for file in step_layout.files]
+    publish_output(dst, files, options, facts=facts, label="converting", finish=finish)
+    return plan
 
 
-def _chunks(weights: HfAsMcore, allow_nonfinite: bool) -> Iterator[Chunk]:
+def _chunks(weights: HfAsMcore, written: Path, options: Options) -> Iterator[Chunk]:
+    files = MappedFolder(written)
     for step in weights.plan.steps:
         tensor = weights.tensors[step.key]
-        lead = (1,) * len(step.index)
         yield Chunk(
             key=step.key,
             whole_shape=tensor.shape,
             offsets=step.index + (0,) * len(step.shape),
-            shape=lead + step.shape,
+            shape=(1,) * len(step.index) + step.shape,
             dtype=tensor.dtype,
-            read=partial(weights.step if allow_nonfinite else partial(_finite_step, weights), step),
+            slices=partial(weights.slices if options.allow_nonfinite else partial(_finite, weights), step),
+            check=partial(_check, weights, files, step) if options.verify else None,
+            name=place_of(step),
         )
 
 
-def _finite_step(weights: HfAsMcore, step: Step) -> torch.Tensor:
-    data = weights.step(step)
-    if not is_finite(data):
-        for part in step.parts:
-            stored = weights.source.read(part.name)
-            if not is_finite(stored.to(data.dtype)):
-                explain_nonfinite(part.name, stored, data.dtype)
-    return data
+def _finite(weights: HfAsMcore, step: Step) -> Iterator[torch.Tensor]:
+    for rows in weights.slices(step):
+        if not is_finite(rows):
+            for part in step.parts:
+                stored = weights.source.read(part.name)
+                if not is_finite(stored.to(rows.dtype)):
+                    explain_nonfinite(part.name, stored, rows.dtype)
+        yield rows
+
+
+def _check(weights: HfAsMcore, files: MappedFolder, step: Step, place: Place) -> list[str]:
+    """Return what of a step, read where it was written, is not what its source says."""
+    source = f"{files.folder / place.file} ({step.key})"
+    written = Archive(files.file(place.file), place.start, place.length, source=source).tensor().reshape(step.shape)
+    parts = {number: weights.source.read(part.name) for number, part in enumerate(step.parts)}
+    assert written.dtype == weights.tensors[step.key].dtype, step.key
+    return differences(step, parts, lambda start, stop: written[start:stop], written.dtype)

@@ -10,13 +10,23 @@ import torch
 from toolkits.foundation.errors import CheckpointError, raise_all
 
 from .accounting import grouped
+from .filling import row_runs
 from .hf_checkpoint import read_config
-from .layout import DTYPES, dtype_named, name_of, same_bits, split
-from .mcore_checkpoint import McoreCheckpoint, hf_folder
+from .layout import DTYPES, dtype_named, name_of, same_bits, split, tops_of
+from .mcore_checkpoint import McoreCheckpoint, Region, hf_folder
 from .mcore_directory import is_weight
-from .plan import MERGED_LAYERS, Plan, Step, plan_for
+from .plan import MERGED_LAYERS, Plan, Repeat, Step, layer_key, plan_of_checkpoint
 
-_HEAD, _EMBEDDING = "output_layer.weight", "embedding.word_embeddings.weight"
+# How a plain local layer spec says what Transformer Engine's fused layers, and so we, say otherwise.
+LOCAL_NAMES = {
+    MERGED_LAYERS + "self_attention.linear_qkv.layer_norm_weight": MERGED_LAYERS + "input_layernorm.weight",
+    MERGED_LAYERS + "self_attention.linear_q_up_proj.layer_norm_weight": MERGED_LAYERS
+    + "self_attention.q_layernorm.weight",
+    MERGED_LAYERS + "self_attention.linear_kv_up_proj.layer_norm_weight": MERGED_LAYERS
+    + "self_attention.kv_layernorm.weight",
+    MERGED_LAYERS + "mlp.linear_fc1.layer_norm_weight": MERGED_LAYERS + "pre_mlp_layernorm.weight",
+    MERGED_LAYERS + "pre_mlp_layernorm.weight": MERGED_LAYERS + "mlp.linear_fc1.layer_norm_weight",
+}
 
 
 class McoreAsHf:
@@ -31,9 +41,9 @@ class McoreAsHf:
         self.checkpoint = McoreCheckpoint(directory)
         self.hf_folder = hf_folder(directory)
         self.config = read_config(self.hf_folder)
-        self.plan: Plan = plan_for(self.config)
+        self.plan: Plan = plan_of_checkpoint(self.config, mcore=self.checkpoint.tensors)
         self._cast = dtype_named(dtype)
-        self._keys = {id(step): _locate(self.checkpoint, self.plan, step) for step in self.plan.steps}
+        self._keys = {id(step): _locate(self.checkpoint, step) for step in self.plan.steps}
         self._account()
         self._last = threading.local()  # the step that a thread read last: its parts are asked for in a row
 
@@ -58,6 +68,26 @@ class McoreAsHf:
             self._last.step, self._last.fused = step, self._fused(step)
         return split(self._last.fused, step.blocks, number)
 
+    @property
+    def left_out(self) -> list[str]:
+        """Stored tensors that are no weights of the model, or repeat one."""
+        used = {place[0] for place in self._keys.values() if place is not None}
+        return sorted(self.checkpoint.tensors.keys() - used)
+
+    def region(self, step: Step) -> Region:
+        """Return a step as it is stored, to be read row by row."""
+        key, index = self._place(step)
+        return self.checkpoint.region(key, index, step.shape)
+
+    def slices(self, name: str) -> Iterator[torch.Tensor]:
+        """Yield a tensor, a run of rows at a time."""
+        step, number = self.plan.hf_tensors[name]
+        dtype, region = self.dtype(name), self.region(step)
+        for top, block in sorted(tops_of(step.blocks), key=lambda placed: placed[1].start):
+            if block.part == number:
+                for start, stop in row_runs((block.rows, *step.shape[1:]), dtype.itemsize):
+                    yield region.rows(top + start, top + stop).to(dtype)
+
     def _fused(self, step: Step) -> torch.Tensor:
         key, index = self._place(step)
         start, shape = index + (0,) * len(step.shape), (1,) * len(index) + step.shape
@@ -73,9 +103,10 @@ class McoreAsHf:
         missing = sorted({step.key for step in self.plan.steps if self._keys[id(step)] is None})
         problems = [f"missing: {line}" for line in grouped(missing)]
         extra = sorted(key for key in self.checkpoint.tensors if key not in used and is_weight(key))
-        if self.plan.tied and _HEAD in extra:
-            extra.remove(_HEAD)
-            self._check_tied_head(problems)
+        for repeat in self.plan.repeats:
+            if repeat.step.key in extra:
+                extra.remove(repeat.step.key)
+                problems += self._repeat_problems(repeat)
         problems += [f"unexpected: {line}" for line in grouped(extra)]
         problems += dict.fromkeys(self._shape_problems())
         raise_all(CheckpointError, f"{self.checkpoint.step} is not the model of {self.hf_folder}/config.json", problems)
@@ -89,7 +120,7 @@ class McoreAsHf:
             stored = self.checkpoint.tensors[key]
             if stored.dtype not in DTYPES.values():
                 yield f"{key} is {name_of(stored.dtype)}; only {', '.join(DTYPES)} are converted"
-            expected = (self.plan.settings["num_layers"],) * len(index) + step.shape
+            expected = step.lead[len(step.lead) - len(index) :] + step.shape
             if stored.shape == expected:
                 continue
             if step.is_vocabulary and stored.shape[1:] == step.shape[1:]:
@@ -97,30 +128,27 @@ class McoreAsHf:
             else:
                 yield f"{key}: checkpoint {list(stored.shape)}, config says {list(expected)}"
 
-    def _check_tied_head(self, problems: list[str]) -> None:
-        rows, columns = self.plan.tensors[_EMBEDDING].shape
-        stored = [self.checkpoint.tensors.get(key) for key in (_HEAD, _EMBEDDING)]
+    def _repeat_problems(self, repeat: Repeat) -> Iterator[str]:
+        """Yield what is wrong with a tensor that is stored although it is another; padded rows do not count."""
+        rows, columns = repeat.original.shape
+        keys = [repeat.step.key, repeat.original.key]
+        stored = [self.checkpoint.tensors.get(key) for key in keys]
         comparable = all(each is not None and each.shape[0] >= rows and each.shape[1:] == (columns,) for each in stored)
-        if comparable and same_bits(
-            *(self.checkpoint.read(key, (0, 0), (rows, columns)) for key in (_HEAD, _EMBEDDING))
-        ):
-            return
-        problems.append(f"config.json says tie_word_embeddings, but {_HEAD} differs from {_EMBEDDING}")
+        if not comparable or not same_bits(*(self.checkpoint.read(key, (0, 0), (rows, columns)) for key in keys)):
+            yield f"config.json says tie_word_embeddings, but {keys[0]} differs from {keys[1]}"
 
 
-def _locate(checkpoint: McoreCheckpoint, plan: Plan, step: Step) -> tuple[str, tuple[int, ...]] | None:
+def _locate(checkpoint: McoreCheckpoint, step: Step) -> tuple[str, tuple[int, ...]] | None:
     """Return the stored key of a step and its index on the layer axis; None when it is not there.
 
     Layers are merged or have a key each, and a plain local spec has norms of other names.
     """
-    for key in (step.key, plan.family.aliases.get(step.key)):
-        if key is None:
-            continue
-        if key in checkpoint.tensors:
-            return key, step.index
-        layer_key = key.replace(MERGED_LAYERS, f"{MERGED_LAYERS}{step.layer}.", 1)
-        if step.layer is not None and layer_key in checkpoint.tensors:
-            return layer_key, ()
+    for name in (step.name, LOCAL_NAMES.get(step.name, step.name)):
+        if name in checkpoint.tensors:
+            return name, step.index
+        if step.layer is not None and (key := layer_key(name, step.layer)) in checkpoint.tensors:
+            merged = step.key == step.name
+            return key, step.index[1:] if merged else step.index
     return None
 
 

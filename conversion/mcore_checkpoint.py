@@ -1,6 +1,7 @@
 """Reading a Megatron-core (torch_dist) directory lazily, without Megatron-core."""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -9,9 +10,11 @@ from toolkits.foundation.errors import CheckpointError
 
 from .mapped_file import MappedFolder
 from .mcore_directory import find_step, hf_folder, is_mcore_directory
-from .safe_pickle import Archive, StoredChunk, StoredTensor, read_metadata
+from .safe_pickle import METADATA_FILE, Archive, StoredChunk, StoredTensor, read_metadata
 
-__all__ = ["McoreCheckpoint", "find_step", "hf_folder", "is_mcore_directory"]
+__all__ = ["McoreCheckpoint", "Region", "find_step", "hf_folder", "is_mcore_directory"]
+
+Bounds = tuple[tuple[int, int], ...]  # first and behind the last, axis by axis
 
 
 class McoreCheckpoint:
@@ -26,6 +29,13 @@ class McoreCheckpoint:
         metadata = read_metadata(self.step)
         self.tensors: dict[str, StoredTensor] = metadata.tensors
         self._files = MappedFolder(self.step)
+        self._chunks: dict[StoredChunk, torch.Tensor] = {}
+
+    @property
+    def files(self) -> list[Path]:
+        """The metadata and the files that the tensors lie in."""
+        names = {chunk.file for tensor in self.tensors.values() for chunk in tensor.chunks}
+        return [self.step / name for name in (METADATA_FILE, *sorted(names))]
 
     def read(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         """Return the rectangular slice of `shape` that begins at `start`.
@@ -33,44 +43,77 @@ class McoreCheckpoint:
         It may be a view of the file: copy it before changing it. Raises CheckpointError when the chunks do
         not cover it or one is damaged.
         """
-        stored = self.tensors[key]
-        overlaps = [(chunk, _overlap(chunk, start, shape)) for chunk in stored.chunks]
+        return _joined(self._pieces(key, start, shape), shape)
+
+    def region(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> "Region":
+        """Return what stands at `index` of the leading axes, `shape` without them; raises what `read` does."""
+        lead = len(index)
+        pieces = self._pieces(key, index + (0,) * len(shape), (1,) * lead + shape)
+        return Region(shape, [(bounds[lead:], data[(0,) * lead]) for bounds, data in pieces])
+
+    def _pieces(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[Bounds, torch.Tensor]]:
+        """Return the parts of a slice that chunks hold: where each lies in it, and a view of its data."""
+        overlaps = [(chunk, _overlap(chunk, start, shape)) for chunk in self.tensors[key].chunks]
         overlaps = [(chunk, bounds) for chunk, bounds in overlaps if all(low < high for low, high in bounds)]
         if sum(math.prod(high - low for low, high in bounds) for _, bounds in overlaps) != math.prod(shape):
             raise CheckpointError(f"{self.step}: the chunks of {key} do not cover it exactly once; the save is damaged")
-        if len(overlaps) == 1:
-            chunk, bounds = overlaps[0]
-            return self._chunk(key, chunk)[_within(bounds, chunk.offsets)]
-        result = torch.empty(shape, dtype=stored.dtype)
-        for chunk, bounds in overlaps:
-            result[_within(bounds, start)] = self._chunk(key, chunk)[_within(bounds, chunk.offsets)]
-        return result
+        return [
+            (_shifted(bounds, start), self._chunk(key, chunk)[_slices(_shifted(bounds, chunk.offsets))])
+            for chunk, bounds in overlaps
+        ]
 
     def _chunk(self, key: str, chunk: StoredChunk) -> torch.Tensor:
-        source = f"{self.step / chunk.file} ({key})"
-        content = self._files.file(chunk.file)
-        if chunk.start + chunk.length > len(content):
-            raise CheckpointError(
-                f"{source} is cut short: .metadata promises {chunk.start + chunk.length:,} bytes or more, "
-                f"the file has {len(content):,}; copy the checkpoint again"
-            )
-        tensor = Archive(content, chunk.start, chunk.length, source=source).tensor()
-        stored = self.tensors[key]
-        if tuple(tensor.shape) != chunk.sizes or tensor.dtype != stored.dtype:
-            raise CheckpointError(
-                f"{source} holds {list(tensor.shape)} of {tensor.dtype}, .metadata says {list(chunk.sizes)} "
-                f"of {stored.dtype}; the save is damaged"
-            )
-        return tensor
+        if chunk not in self._chunks:
+            source = f"{self.step / chunk.file} ({key})"
+            tensor = Archive(self._files.file(chunk.file), chunk.start, chunk.length, source=source).tensor()
+            stored = self.tensors[key]
+            if tuple(tensor.shape) != chunk.sizes or tensor.dtype != stored.dtype:
+                raise CheckpointError(
+                    f"{source} holds {list(tensor.shape)} of {tensor.dtype}, .metadata says {list(chunk.sizes)} "
+                    f"of {stored.dtype}; the save is damaged"
+                )
+            self._chunks[chunk] = tensor
+        return self._chunks[chunk]
 
 
-def _overlap(chunk: StoredChunk, start: tuple[int, ...], shape: tuple[int, ...]) -> list[tuple[int, int]]:
+@dataclass(frozen=True)
+class Region:
+    """A part of a stored tensor: where the chunks lie in it, and views of their data."""
+
+    shape: tuple[int, ...]
+    pieces: list[tuple[Bounds, torch.Tensor]]
+
+    def rows(self, start: int, stop: int) -> torch.Tensor:
+        """Return rows `start` to `stop`, as a view of the file where they lie in one chunk."""
+        found = []
+        for bounds, data in self.pieces:
+            low, high = max(start, bounds[0][0]), min(stop, bounds[0][1])
+            if low < high:
+                first = bounds[0][0]
+                found.append((((low - start, high - start), *bounds[1:]), data[low - first : high - first]))
+        return _joined(found, (stop - start, *self.shape[1:]))
+
+
+def _joined(pieces: list[tuple[Bounds, torch.Tensor]], shape: tuple[int, ...]) -> torch.Tensor:
+    if len(pieces) == 1:
+        return pieces[0][1]
+    result = torch.empty(shape, dtype=pieces[0][1].dtype)
+    for bounds, data in pieces:
+        result[_slices(bounds)] = data
+    return result
+
+
+def _overlap(chunk: StoredChunk, start: tuple[int, ...], shape: tuple[int, ...]) -> Bounds:
     """Return the global bounds, axis by axis, of what a chunk holds of a slice."""
-    return [
+    return tuple(
         (max(offset, first), min(offset + size, first + count))
         for offset, size, first, count in zip(chunk.offsets, chunk.sizes, start, shape, strict=True)
-    ]
+    )
 
 
-def _within(bounds: list[tuple[int, int]], origin: tuple[int, ...]) -> tuple[slice, ...]:
-    return tuple(slice(low - first, high - first) for (low, high), first in zip(bounds, origin, strict=True))
+def _shifted(bounds: Bounds, origin: tuple[int, ...]) -> Bounds:
+    return tuple((low - first, high - first) for (low, high), first in zip(bounds, origin, strict=True))
+
+
+def _slices(bounds: Bounds) -> tuple[slice, ...]:
+    return tuple(slice(low, high) for low, high in bounds)

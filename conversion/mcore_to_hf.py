@@ -1,58 +1,83 @@
 """Megatron-core -> HuggingFace, streamed."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from toolkits.foundation.progress import Progress
-from toolkits.foundation.publish import publish_directory, require_space
+from toolkits.foundation.errors import UsageError
+from toolkits.foundation.publish import temporary_of
 
+from .filling import Span
 from .guards import explain_nonfinite, refuse_overlap
 from .hf_as_mcore import HfAsMcore
-from .hf_checkpoint import CONFIG_FILE, copy_sidecar_files, write_safetensors
+from .hf_checkpoint import CONFIG_FILE, INDEX_FILE, copy_sidecar_files, safetensors_files
 from .layout import is_finite, name_of
+from .mapped_file import MappedFolder
 from .mcore_as_hf import McoreAsHf
-from .plan import Plan, config_dtype
-from .verify import require_equal
+from .options import Options
+from .output import publish_output, state_of
+from .plan import Plan
+from .read_back import differences
+from .recorded import check_recorded
+from .report import Story, write_report
+from .safetensors_file import DTYPES, StoredTensor
+from .settings import config_dtype
 
 
-def convert(
-    src: Path,
-    dst: Path,
-    *,
-    dtype: str | None = None,
-    overwrite: bool = False,
-    verify: bool = True,
-    allow_nonfinite: bool = False,
-) -> Plan:
+def convert(src: Path, dst: Path, **choices: Any) -> Plan:
     """Write the HuggingFace directory `dst` from the Megatron-core directory (or step folder) `src`; return the plan.
 
-    `dtype` casts (float32, float16, bfloat16). `verify` reads the result again and compares bit for bit
-    before it is published. Raises CheckpointError, UsageError or DiskError; `dst` is then as it was.
+    `choices` are `Options`. Raises CheckpointError, UsageError, DiskError or InterruptedRun; `dst` is then as it was.
     """
-    src, dst = Path(src), Path(dst)
+    src, dst, options = Path(src), Path(dst), Options(**choices)
     refuse_overlap(src, dst)
-    weights = McoreAsHf(src, dtype=dtype)
-    tensors = {name: (weights.dtype(name), weights.shape(name)) for name in weights.plan.hf_tensors}
-    num_bytes = sum(kind.itemsize * torch.Size(shape).numel() for kind, shape in tensors.values())
-    require_space(dst, num_bytes)
+    if options.dequantize:
+        raise UsageError("--dequantize is for HuggingFace weights in FP8; a Megatron-core directory has none")
+    weights = McoreAsHf(src, dtype=options.dtype)
+    plan, checkpoint = weights.plan, weights.checkpoint
+    check_recorded(checkpoint.step, plan, everything=False)
+    tensors = {name: (weights.dtype(name), weights.shape(name)) for name in plan.hf_tensors}
+    files, index = safetensors_files(tensors, partial(_span, weights, MappedFolder(temporary_of(dst)), options))
 
-    def read(name: str) -> torch.Tensor:
-        tensor = weights.read(name)
-        if not allow_nonfinite and not is_finite(tensor):
-            explain_nonfinite(name, weights.stored(name), tensor.dtype)
-        return tensor
-
-    with publish_directory(dst, overwrite=overwrite) as temporary:
-        with Progress("exporting", num_bytes, unit="B") as progress:
-            write_safetensors(temporary, tensors, read, advance=progress.advance)
+    def finish(temporary: Path, hashes: dict[str, str]) -> None:
+        if index is not None:
+            (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
         copy_sidecar_files(weights.hf_folder, temporary)
         _say_dtype(temporary / CONFIG_FILE, weights.config, (kind for kind, _ in tensors.values()))
-        if verify:
-            require_equal(weights.plan, weights, HfAsMcore(temporary).source, cast=None)
-    return weights.plan
+        if options.verify:
+            HfAsMcore(temporary)  # accounts for every tensor
+        story = Story("mcore2hf", src, options.verify, cast=options.dtype, left_out=weights.left_out)
+        write_report(temporary, plan, story, hashes=hashes)
+
+    facts = {"source": str(checkpoint.step.resolve()), "files of the source": state_of(checkpoint.files)}
+    publish_output(dst, files, options, facts=facts, label="exporting", finish=finish)
+    return plan
+
+
+def _span(weights: McoreAsHf, files: MappedFolder, options: Options, name: str, place: StoredTensor) -> Span:
+    slices = weights.slices if options.allow_nonfinite else partial(_finite, weights)
+    num_bytes = torch.Size(place.shape).numel() * DTYPES[place.dtype].itemsize
+    check = partial(_check, weights, files, name, place) if options.verify else None
+    return Span(name, place.start, num_bytes, partial(slices, name), check)
+
+
+def _finite(weights: McoreAsHf, name: str) -> Iterator[torch.Tensor]:
+    for rows in weights.slices(name):
+        if not is_finite(rows):
+            explain_nonfinite(name, weights.stored(name), rows.dtype)
+        yield rows
+
+
+def _check(weights: McoreAsHf, files: MappedFolder, name: str, place: StoredTensor) -> list[str]:
+    """Return what of a tensor, read where it was written, is not what its source says."""
+    step, number = weights.plan.hf_tensors[name]
+    dtype = DTYPES[place.dtype]
+    written = files.file(place.file).tensor(dtype, place.shape, place.start)
+    return differences(step, {number: written}, weights.region(step).rows, dtype)
 
 
 def _say_dtype(path: Path, config: dict, kinds: Iterable[torch.dtype]) -> None:

@@ -1,17 +1,15 @@
-"""Writing a step folder as megatron-core 0.16.1 would, without Megatron-core and never whole in memory.
+"""A step folder as megatron-core 0.16.1 would write it: where everything lies is known before it is written.
 
-torch's own FileSystemWriter loses an error that one of its threads meets, so the files are written here:
-chunks saved one behind the other by `torch.save`, and `.metadata` that says where each lies.
+Chunks lie one behind the other as `torch.save` writes each; `.metadata` says where.
 """
 
 import io
 import json
 import math
 import pickle
-import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,8 +24,11 @@ from torch.distributed.checkpoint.metadata import (
     TensorStorageMetadata,
 )
 
-WRITER_THREADS = 2
-ALIGNMENT = 64  # bytes; what torch.save aligns its data to, counted from where it starts
+from .archive_layout import ALIGNMENT, archive_of
+from .filling import File, Span, write_files
+
+FILE_BYTES = 2_000_000_000
+LEAST_FILES = 2  # the kernel lets one thread write into a file at a time
 BACKEND = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -38,14 +39,20 @@ BACKEND = {
 
 @dataclass(frozen=True)
 class Chunk:
-    """`shape` elements at `offsets` of the tensor `key` of `whole_shape`; `read` makes them when their turn comes."""
+    """`shape` elements at `offsets` of the tensor `key` of `whole_shape`.
+
+    `slices` yields them when their turn comes, some rows at a time; `check` is told where they were written, reads
+    them there and returns what is wrong.
+    """
 
     key: str
     whole_shape: tuple[int, ...]
     offsets: tuple[int, ...]
     shape: tuple[int, ...]
     dtype: torch.dtype
-    read: Callable[[], torch.Tensor]
+    slices: Callable[[], Iterable[torch.Tensor]]
+    check: Callable[["Place"], list[str]] | None = None
+    name: str = ""  # what its hash is called
 
     @property
     def num_bytes(self) -> int:
@@ -53,73 +60,79 @@ class Chunk:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def write_step(
-    folder: Path, chunks: Sequence[Chunk], object_keys: Iterable[str], *, advance: Callable[[int], None]
-) -> None:
-    """Write a step folder: the chunks, empty byte objects, `common.pt`, `metadata.json` and `.metadata`.
+@dataclass(frozen=True)
+class Place:
+    """An archive: `length` bytes from `start` of `file`."""
 
-    `advance` is told the bytes of each chunk once it is written. Raises what a chunk's `read` raises.
-    """
-    folder.mkdir(parents=True)
-    team = _Team(advance)
-    with ThreadPoolExecutor(WRITER_THREADS) as pool:
-        futures = [
-            pool.submit(_write_file, folder / f"__0_{number}.distcp", share, keys, team)
-            for number, (share, keys) in enumerate(_shares(chunks, list(object_keys)))
-        ]
-        try:
-            places = {index: place for future in as_completed(futures) for index, place in future.result().items()}
-        finally:
-            team.stopped.set()
-    torch.save({}, folder / "common.pt")
-    (folder / "metadata.json").write_text(json.dumps(BACKEND))
-    metadata = Metadata(_describe(chunks, object_keys), storage_data=places, storage_meta=StorageMeta())
-    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    file: str
+    start: int
+    length: int
 
 
-class _Team:
-    """What the writer threads share: how to report progress, and that one of them has failed."""
+@dataclass(frozen=True)
+class StepLayout:
+    """The files of a step folder, and `.metadata`, which makes them one."""
 
-    def __init__(self, advance: Callable[[int], None]) -> None:
-        self.stopped = threading.Event()
-        self._advance, self._lock = advance, threading.Lock()
+    files: list[File]
+    metadata: bytes
 
-    def advance(self, num_bytes: int) -> None:
-        with self._lock:
-            self._advance(num_bytes)
+    def finish(self, folder: Path) -> None:
+        """Write what makes a step complete, when its files are."""
+        torch.save({}, folder / "common.pt")
+        (folder / ".metadata").write_bytes(self.metadata)
+        (folder / "metadata.json").write_text(json.dumps(BACKEND))
 
 
-def _shares(chunks: Sequence[Chunk], object_keys: list[str]) -> list[tuple[list[Chunk], list[str]]]:
-    """Deal the chunks out evenly by bytes; in order, so that each thread reads its sources forwards."""
-    shares: list[list[Chunk]] = [[] for _ in range(WRITER_THREADS)]
-    sizes = [0] * WRITER_THREADS
+def lay_out(chunks: Sequence[Chunk], object_keys: Iterable[str]) -> StepLayout:
+    """Give every chunk and every byte object its place in the files of a step folder."""
+    object_keys = list(object_keys)
+    shares = _shares(chunks)
+    files, places = [], {}
+    for number, share in enumerate(shares):
+        keys = object_keys[number :: len(shares)]
+        files.append(_file(f"__0_{number}.distcp", share, keys, places))
+    storage = {index: _StorageInfo(place.file, place.start, place.length) for index, place in places.items()}
+    metadata = Metadata(_describe(chunks, object_keys), storage_data=storage, storage_meta=StorageMeta())
+    return StepLayout(files, pickle.dumps(metadata))
+
+
+def write_step(folder: Path, chunks: Sequence[Chunk], object_keys: Iterable[str]) -> None:
+    """Write a step folder at once."""
+    layout = lay_out(chunks, object_keys)
+    write_files(folder, layout.files)
+    layout.finish(folder)
+
+
+def _shares(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
+    """Deal the chunks out evenly by bytes, in order, so that each file is made of neighbours."""
+    total = sum(chunk.num_bytes for chunk in chunks)
+    shares: list[list[Chunk]] = [[] for _ in range(max(LEAST_FILES, math.ceil(total / FILE_BYTES)))]
+    end = 0
     for chunk in chunks:
-        smallest = sizes.index(min(sizes))
-        shares[smallest].append(chunk)
-        sizes[smallest] += chunk.num_bytes
-    return [(share, object_keys[number::WRITER_THREADS]) for number, share in enumerate(shares)]
+        shares[min(len(shares) - 1, end * len(shares) // max(1, total))].append(chunk)
+        end += chunk.num_bytes
+    return shares
 
 
-def _write_file(
-    path: Path, chunks: Sequence[Chunk], object_keys: Sequence[str], team: _Team
-) -> dict[MetadataIndex, _StorageInfo]:
-    places = {}
-    payload = _empty_object()
-    with open(path, "wb") as file:
-        for key in object_keys:
-            places[MetadataIndex(key)] = _StorageInfo(path.name, file.tell(), len(payload))
-            file.write(payload)
-        for chunk in chunks:
-            if team.stopped.is_set():
-                break
-            # A reader maps the file: aligned data needs no copy.
-            start = file.seek(-file.tell() % ALIGNMENT, io.SEEK_CUR)
-            data = chunk.read().view(chunk.shape)
-            # A view would take its whole storage with it.
-            torch.save(data if data.untyped_storage().nbytes() == chunk.num_bytes else data.clone(), file)
-            places[MetadataIndex(chunk.key, chunk.offsets)] = _StorageInfo(path.name, start, file.tell() - start)
-            team.advance(chunk.num_bytes)
-    return places
+def _file(name: str, chunks: Sequence[Chunk], object_keys: Sequence[str], places: dict[MetadataIndex, Place]) -> File:
+    """Lay out one file and note its places."""
+    fixed: list[tuple[int, bytes]] = []
+    spans: list[Span] = []
+    end, payload = 0, _empty_object()
+    for key in object_keys:
+        places[MetadataIndex(key)] = Place(name, end, len(payload))
+        fixed.append((end, payload))
+        end += len(payload)
+    for chunk in chunks:
+        archive = archive_of(chunk.dtype, chunk.shape)
+        start = end + -end % ALIGNMENT  # a reader maps the file: aligned data needs no copy
+        place = places[MetadataIndex(chunk.key, chunk.offsets)] = Place(name, start, archive.num_bytes)
+        data = start + len(archive.head)
+        end = start + archive.num_bytes
+        fixed += [(start, archive.head), (data + archive.data_bytes, archive.tail)]
+        check = None if chunk.check is None else partial(chunk.check, place)
+        spans.append(Span(chunk.name, data, archive.data_bytes, chunk.slices, check))
+    return File(name, end, fixed, spans)
 
 
 def _empty_object() -> bytes:
@@ -131,7 +144,7 @@ def _empty_object() -> bytes:
 
 def _describe(
     chunks: Sequence[Chunk], object_keys: Iterable[str]
-) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
+) -> Mapping[str, TensorStorageMetadata | BytesStorageMetadata]:
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         key: BytesStorageMetadata() for key in object_keys
     }

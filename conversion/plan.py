@@ -5,29 +5,37 @@ only: no tensor and no torch, so that a launcher can afford to import it.
 """
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cached_property
-
-from toolkits.foundation.errors import CheckpointError
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 
 from .families import family_for
-from .families.family import Copy, FusedQkv, ModelFamily, WeightRule
+from .families.family import ModelFamily, PredictionLayers, Rule
+from .settings import MOST, mcore_settings, places, settings_of
 
 MERGED_LAYERS = "decoder.layers."
-MOST_LAYERS = 10_000  # beyond, a config.json is not believed
 
-# Either spelling of config.json keeps the rotary positions in one of these, or at the top.
-ROPE_PLACES = ("rope_parameters", "rope_scaling")
-
-# What to look at in config.json when an axis has another length than expected.
-SIZE_FIELDS = {
-    "vocab": "vocab_size",
-    "hidden": "hidden_size",
-    "ffn": "intermediate_size",
-    "head": "head_dim",
-    "query": "num_attention_heads, head_dim",
-    "kv": "num_key_value_heads, head_dim",
+# The sizes that rules name, each the product of these settings.
+SIZES = {
+    "layers": ("num_layers",),
+    "vocab": ("vocab_size",),
+    "hidden": ("hidden_size",),
+    "ffn": ("ffn_hidden_size",),
+    "groups": ("num_query_groups",),
+    "head": ("kv_channels",),
+    "query": ("num_attention_heads", "kv_channels"),
+    "kv": ("num_query_groups", "kv_channels"),
+    "experts": ("num_moe_experts",),
+    "expert_ffn": ("moe_ffn_hidden_size",),
+    "shared_ffn": ("moe_shared_expert_intermediate_size",),
+    "one": (),
+    # Latent attention: heads x the parts of a head that are not rotated, are rotated, and are the value.
+    "query_nope": ("num_attention_heads", "qk_head_dim"),
+    "query_rope": ("num_attention_heads", "qk_pos_emb_head_dim"),
+    "value": ("num_attention_heads", "v_head_dim"),
+    "rope": ("qk_pos_emb_head_dim",),
+    "query_rank": ("q_lora_rank",),
+    "kv_rank": ("kv_lora_rank",),
 }
 
 
@@ -56,22 +64,20 @@ class RowBlock:
 
 @dataclass(frozen=True)
 class Step:
-    """One Megatron-core tensor, or one layer of it, and the HuggingFace tensors that it is made of.
+    """One Megatron-core tensor, or one layer or expert of it, and the HuggingFace tensors that it is made of.
 
-    The rows of `blocks`, one block under the other, are the fused tensor of `shape` (no layer axis);
-    `layer` is the index along the layer axis, None for a tensor without one.
+    The rows of `blocks`, one block under the other, are the fused tensor of `shape` (no layer axis). It stands
+    at `index` of the leading axes of `key`, whose lengths are `lead`: layers, experts, or none.
     """
 
+    name: str  # as the rule says it
     key: str
     layer: int | None
+    lead: tuple[int, ...]
+    index: tuple[int, ...]
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     blocks: tuple[RowBlock, ...]
-
-    @property
-    def index(self) -> tuple[int, ...]:
-        """Where the step starts on the layer axis: `(layer,)` or `()`."""
-        return () if self.layer is None else (self.layer,)
 
     @property
     def is_vocabulary(self) -> bool:
@@ -92,25 +98,33 @@ class TensorInfo:
 
 
 @dataclass(frozen=True)
+class Repeat:
+    """A tensor that a tied checkpoint need not have: `step` is, bit for bit, what `original` is."""
+
+    step: Step
+    original: Step
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that a conversion of one model does, in the order of the HuggingFace file."""
 
     family: ModelFamily
     settings: Mapping[str, object]
     steps: tuple[Step, ...]
+    repeats: tuple[Repeat, ...] = ()
+    copies: Mapping[str, Step] = field(default_factory=dict)  # HuggingFace tensors that repeat a step's only part
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """The Megatron-core tensors by key, layers merged."""
-        num_layers = self.settings["num_layers"]
-        assert isinstance(num_layers, int)
-        lead = {step.key: () if step.layer is None else (num_layers,) for step in self.steps}
-        return {step.key: TensorInfo(lead[step.key] + step.shape) for step in self.steps}
+        return {step.key: TensorInfo(step.lead + step.shape) for step in self.steps}
 
     @cached_property
     def hf_tensors(self) -> dict[str, tuple[Step, int]]:
         """The HuggingFace tensors by name: the step that each belongs to and its part number there."""
-        return {part.name: (step, number) for step in self.steps for number, part in enumerate(step.parts)}
+        tensors = {part.name: (step, number) for step in self.steps for number, part in enumerate(step.parts)}
+        return tensors | {name: (step, 0) for name, step in self.copies.items()}
 
     @property
     def tied(self) -> bool:
@@ -124,169 +138,160 @@ class Plan:
 
     @cached_property
     def extra_states(self) -> tuple[str, ...]:
-        """Keys of the byte objects that Transformer Engine asks for."""
-        num_layers = self.settings["num_layers"]
-        assert isinstance(num_layers, int)
-        keys = []
-        for module in self.family.extra_states:
-            count = num_layers if module.startswith(MERGED_LAYERS) else 1
-            keys += [f"{module}._extra_state/shard_{index}_{count}" for index in range(count)]
-        return tuple(keys)
+        """Keys of the byte objects that Transformer Engine asks for, one for each layer and expert of a module.
+
+        The superset of what its releases do: nobody is refused for one too many.
+        """
+        states: dict[str, None] = {}  # in order, each once
+        for step in self.steps:
+            for module in _modules_with_state(step.key):
+                places = [".".join(map(str, axes)) for axes in (step.index or (0,), step.lead or (1,))]
+                states[f"{module}._extra_state/shard_{'_'.join(places)}"] = None
+        return tuple(states)
+
+    def config_fields(self, axis: str) -> str:
+        """Return the fields of config.json that decide the length of an axis: `num_attention_heads, head_dim`."""
+        settings = settings_of(self.family)
+        names = [name for size in axis.split("+") for name in SIZES[size] if name in settings]
+        return ", ".join(dict.fromkeys(places(settings[name].hf)[-1] for name in names))
 
 
-def plan_for(hf_config: Mapping[str, object]) -> Plan:
-    """Return the plan for a config.json; raise CheckpointError when the config cannot be converted."""
-    family = family_for(hf_config)
-    settings = mcore_settings(hf_config)
-    return Plan(family, settings, tuple(_steps(family, settings)))
+def plan_for(hf_config: Mapping[str, object], *, predicts: bool = False) -> Plan:
+    """Return the plan for a config.json; raise CheckpointError when the config cannot be converted.
 
-
-def mcore_settings(hf_config: Mapping[str, object]) -> dict[str, object]:
-    """Return the settings of Megatron-core's TransformerConfig and GPTModel that config.json decides.
-
-    Raises CheckpointError that names the family and every field that is missing.
+    With `predicts` it has the layers that predict further tokens, if the config speaks of some.
     """
     family = family_for(hf_config)
-    settings: dict[str, object] = dict(family.constants)
-    missing = []
-    for setting in family.settings:
-        value = hf_config.get(setting.hf, setting.default)
-        if value is None and setting.hf == "num_key_value_heads" and setting.hf in hf_config:
-            value = hf_config.get("num_attention_heads")  # null means one key a query
-        if value is None:
-            missing.append(setting.hf)
-        settings[setting.mcore] = value
-    rotary_base = next(iter(_rope_bases(hf_config).values()), None)
-    if rotary_base is None:
-        missing.append("rope_theta (or rope_parameters.rope_theta)")
-    if missing:
-        raise CheckpointError(f"config.json of family {family.name} lacks {', '.join(missing)}")
-    settings["rotary_base"] = rotary_base
-    _check_numbers(family, hf_config, rotary_base)
-    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
-    assert isinstance(heads, int) and isinstance(hidden, int)
-    settings["kv_channels"] = hf_config.get("head_dim") or hidden // heads
-    _check_heads(settings, has_head_dim=bool(hf_config.get("head_dim")))
-    return settings
+    settings = mcore_settings(hf_config)
+    sizes = {
+        name: math.prod(_whole(settings[factor]) for factor in factors)
+        for name, factors in SIZES.items()
+        if all(settings.get(factor) is not None for factor in factors)
+    }
+    rules = [rule for rule in family.rules if _exists(rule, settings)]
+    tied = [rule for rule in rules if rule.tied_to and settings["share_embeddings_and_output_weights"]]
+    stored = [rule for rule in rules if rule not in tied]
+    steps = list(_steps(stored, settings, sizes))
+    by_key = {step.key: step for step in steps}
+    copies: dict[str, Step] = {}
+    layers = family.prediction_layers if predicts else None
+    for number in range(sizes["layers"], sizes["layers"] + _number_of(layers, hf_config)):
+        assert layers is not None
+        steps += _prediction_steps(layers, stored, sizes, number)
+        copies |= {name.format(layer=number): by_key[key] for name, key in layers.copies.items()}
+    repeats = tuple(Repeat(_step(rule, sizes), by_key[str(rule.tied_to)]) for rule in tied)
+    return Plan(family, settings, tuple(steps), repeats, copies)
 
 
-def config_dtype(hf_config: Mapping[str, object]) -> str | None:
-    """Return the weights' type as config.json says it (`bfloat16`), in either spelling."""
-    said = hf_config.get("dtype", hf_config.get("torch_dtype"))
-    return None if said is None else str(said).removeprefix("torch.")
+def plan_of_checkpoint(hf_config: Mapping[str, object], *, hf: Iterable[str] = (), mcore: Iterable[str] = ()) -> Plan:
+    """Return the plan for a checkpoint with these tensors: layers that predict may have been left out, all of them."""
+    plain = plan_for(hf_config)
+    if plain.family.prediction_layers is None:
+        return plain
+    whole = plan_for(hf_config, predicts=True)
+    more = (whole.hf_tensors.keys() - plain.hf_tensors.keys()) | (whole.tensors.keys() - plain.tensors.keys())
+    return plain if more.isdisjoint((*hf, *mcore)) else whole
 
 
-def untrainable_reasons(hf_config: Mapping[str, object]) -> list[str]:
-    """Return why training of this model would not be exact; an empty list when it is. Conversion always is."""
-    reasons = []
-    for condition in family_for(hf_config).exact_when:
-        value = hf_config.get(condition.hf)
-        if value not in condition.allowed:
-            reasons.append(f"config.json says {condition.hf}={value}: {condition.reason}")
-    for place in ROPE_PLACES:
-        nested = hf_config.get(place)
-        kind = (nested.get("rope_type") or nested.get("type")) if isinstance(nested, dict) else None
-        if kind not in (None, "default"):
-            reasons.append(f"config.json asks for {kind} rotary positions in {place}: only the default ones are built")
-    bases = _rope_bases(hf_config)
-    if len(set(bases.values())) > 1:
-        said = ", ".join(f"{place} {base}" for place, base in bases.items())
-        reasons.append(f"config.json contradicts itself on rope_theta: {said}")
-    layer_types = hf_config.get("layer_types")
-    if isinstance(layer_types, list) and set(layer_types) - {"full_attention"}:
-        reasons.append("config.json asks for layer_types other than full_attention: they are not built")
-    return reasons
+def _number_of(layers: PredictionLayers | None, hf_config: Mapping[str, object]) -> int:
+    count = hf_config.get(layers.count) if layers is not None else None
+    return count if type(count) is int and 0 < count <= MOST else 0
 
 
-def _rope_bases(hf_config: Mapping[str, object]) -> dict[str, object]:
-    """Return the base of the rotary positions from each place of config.json that says it."""
-    places = {place: nested for place in ROPE_PLACES if isinstance(nested := hf_config.get(place), dict)}
-    bases = {f"{place}.rope_theta": nested.get("rope_theta") for place, nested in places.items()}
-    bases["rope_theta"] = hf_config.get("rope_theta")
-    return {place: base for place, base in bases.items() if base is not None}
+def _prediction_steps(
+    layers: PredictionLayers, rules: list[Rule], sizes: Mapping[str, int], layer: int
+) -> Iterator[Step]:
+    inside = f"mtp.layers.{layer - sizes['layers']}."
+    for rule in layers.rules:
+        yield from _layer_steps(replace(rule, mcore=inside + rule.mcore), sizes, layer, merged=False)
+    kind = "experts" if "experts" in sizes else "dense"
+    for rule in rules:
+        if rule.mcore.startswith(MERGED_LAYERS) and rule.layers in ("all", kind):
+            key = rule.mcore.replace(MERGED_LAYERS, inside + "transformer_layer.", 1)
+            yield from _layer_steps(replace(rule, mcore=key), sizes, layer, merged=False)
 
 
-def _check_numbers(family: ModelFamily, hf_config: Mapping[str, object], rotary_base: object) -> None:
-    whole = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "vocab_size")
-    wrong = [name for name in whole if type(hf_config.get(name)) is not int or int(str(hf_config[name])) < 1]
-    head_dim = hf_config.get("head_dim")
-    if head_dim is not None and (type(head_dim) is not int or head_dim < 1):
-        wrong.append("head_dim")
-    if not wrong and int(str(hf_config["num_hidden_layers"])) > MOST_LAYERS:
-        wrong.append("num_hidden_layers")
-    if not _is_positive(hf_config.get("rms_norm_eps", 1.0)):
-        wrong.append("rms_norm_eps")
-    said = [f"{name}={hf_config.get(name)!r}" for name in wrong]
-    if not _is_positive(rotary_base):
-        said.append(f"rope_theta={rotary_base!r}")
-    if said:
-        raise CheckpointError(
-            f"config.json of family {family.name} needs sensible positive numbers, it says {', '.join(said)}"
-        )
+def _exists(rule: Rule, settings: Mapping[str, object]) -> bool:
+    wanted = rule.only_if is None or bool(settings[rule.only_if])
+    return wanted and not (rule.unless and settings[rule.unless])
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+def _modules_with_state(key: str) -> Iterator[str]:
+    """Yield the modules of Transformer Engine that a tensor makes known: its linear layers, norms and attention."""
+    module, _, tensor = key.rpartition(".")
+    if tensor == "weight" and module.startswith(("decoder.", "mtp.")) and not module.endswith(".router"):
+        yield module
+        if module.endswith(".linear_proj"):
+            yield module.replace("linear_proj", "core_attention")
 
 
-def _check_heads(settings: Mapping[str, object], *, has_head_dim: bool) -> None:
-    heads, groups = settings["num_attention_heads"], settings["num_query_groups"]
-    hidden = settings["hidden_size"]
-    assert isinstance(heads, int) and isinstance(hidden, int)
-    if not isinstance(groups, int) or groups < 1 or heads % groups:
-        raise CheckpointError(f"config.json: {heads} attention heads cannot share {groups!r} key/value heads")
-    if not has_head_dim and hidden % heads:
-        raise CheckpointError(
-            f"config.json: hidden_size {hidden} is no multiple of {heads} heads and head_dim is absent"
-        )
+def layer_key(name: str, layer: int) -> str:
+    """Return the key that one layer's own tensor has where layers are not merged."""
+    return name.replace(MERGED_LAYERS, f"{MERGED_LAYERS}{layer}.", 1)
 
 
-def _steps(family: ModelFamily, settings: Mapping[str, object]) -> Iterator[Step]:
+def _whole(value: object) -> int:
+    assert isinstance(value, int)
+    return value
+
+
+def _steps(rules: list[Rule], settings: Mapping[str, object], sizes: Mapping[str, int]) -> Iterator[Step]:
     """Expand the rules: the run of per-layer rules once for every layer, the others as they stand."""
-    sizes = _sizes(settings)
-    rules = [rule for rule in family.rules if rule.only_if is None or settings[rule.only_if[0]] == rule.only_if[1]]
     layered = [rule for rule in rules if rule.mcore.startswith(MERGED_LAYERS)]
+    # A 1 for each layer that has experts; absent when all layers are alike.
+    pattern = settings.get("moe_layer_freq")
+    kinds = ("dense", "experts")
     for rule in rules:
         if rule not in layered:
-            yield _step(rule, None, sizes)
+            yield _step(rule, sizes)
         elif rule is layered[0]:
             for layer in range(sizes["layers"]):
-                yield from (_step(each, layer, sizes) for each in layered)
+                kind = kinds["experts" in sizes if pattern is None else pattern[layer]]  # type: ignore[index]
+                for each in layered:
+                    if each.layers in ("all", kind):
+                        yield from _layer_steps(each, sizes, layer, merged=pattern is None)
 
 
-def _sizes(settings: Mapping[str, object]) -> dict[str, int]:
-    numbers = {name: value for name, value in settings.items() if isinstance(value, int)}
-    head = numbers["kv_channels"]
-    return {
-        "layers": numbers["num_layers"],
-        "vocab": numbers["vocab_size"],
-        "hidden": numbers["hidden_size"],
-        "ffn": numbers["ffn_hidden_size"],
-        "groups": numbers["num_query_groups"],
-        "head": head,
-        "query": numbers["num_attention_heads"] * head,
-        "kv": numbers["num_query_groups"] * head,
-    }
+def _layer_steps(rule: Rule, sizes: Mapping[str, int], layer: int, *, merged: bool) -> Iterator[Step]:
+    per_expert = any("{expert}" in name for name in rule.parts)
+    for expert in range(sizes["experts"]) if per_expert else (None,):
+        yield _step(rule, sizes, layer=layer, expert=expert, merged=merged)
 
 
-def _step(rule: WeightRule, layer: int | None, sizes: Mapping[str, int]) -> Step:
+def _step(
+    rule: Rule,
+    sizes: Mapping[str, int],
+    *,
+    layer: int | None = None,
+    expert: int | None = None,
+    merged: bool = True,
+) -> Step:
+    """Return one step of a rule; Megatron-core merges layers only when they are all alike, experts always."""
     parts = tuple(
-        Part(name.format(layer=layer), axes, tuple(sizes[axis] for axis in axes)) for name, axes in _sources(rule)
+        Part(name.format(layer=layer, expert=expert), axes, tuple(_length(axis, sizes) for axis in axes))
+        for name, axes in rule.parts.items()
     )
-    rows = [part.shape[0] for part in parts]
-    blocks = qkv_blocks(rows, sizes["groups"]) if isinstance(rule, FusedQkv) else stacked_blocks(rows)
-    return Step(rule.mcore, layer, (sum(rows), *parts[0].shape[1:]), parts, blocks)
+    if rule.shares is None:
+        blocks = stacked_blocks([part.shape[0] for part in parts])
+    else:
+        sections = tuple(tuple(sizes[size] for size in part.axes[0].split("+")) for part in parts)
+        blocks = shared_blocks(sections, sizes[rule.shares])
+    leading = [(layer, sizes["layers"])] if layer is not None and merged else []
+    leading += [(expert, sizes["experts"])] if expert is not None else []
+    return Step(
+        name=rule.mcore,
+        key=rule.mcore if merged or layer is None else layer_key(rule.mcore, layer),
+        layer=layer,
+        lead=tuple(length for _, length in leading),
+        index=tuple(index for index, _ in leading),
+        shape=(sum(block.rows for block in blocks), *parts[0].shape[1:]),
+        parts=parts,
+        blocks=blocks,
+    )
 
 
-def _sources(rule: WeightRule) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    """Return the (name, sizes) of the HuggingFace tensors that a rule reads."""
-    if isinstance(rule, Copy):
-        return ((rule.hf, rule.shape),)
-    if isinstance(rule, FusedQkv):
-        return tuple(
-            (name, (rows, *rule.columns)) for name, rows in ((rule.q, "query"), (rule.k, "kv"), (rule.v, "kv"))
-        )
-    return tuple((name, ("ffn", *rule.columns)) for name in (rule.gate, rule.up))
+def _length(axis: str, sizes: Mapping[str, int]) -> int:
+    return sum(sizes[size] for size in axis.split("+"))
 
 
 def stacked_blocks(rows: list[int]) -> tuple[RowBlock, ...]:
@@ -294,11 +299,19 @@ def stacked_blocks(rows: list[int]) -> tuple[RowBlock, ...]:
     return tuple(RowBlock(part, 0, count) for part, count in enumerate(rows))
 
 
-def qkv_blocks(rows: list[int], groups: int) -> tuple[RowBlock, ...]:
-    """Return the blocks of query, key and value when each group's rows of the three lie together."""
-    shares = [count // groups for count in rows]
+@lru_cache(maxsize=16)  # the layers share one
+def shared_blocks(sections: tuple[tuple[int, ...], ...], shares: int) -> tuple[RowBlock, ...]:
+    """Return the blocks when each of several tensors is cut into equal shares, and equal shares lie together.
+
+    `sections[part]` are the rows of the tensors that lie under each other in a part: query, key and value
+    are three parts of one section each, or one part of three.
+    """
+    places = []  # (part, first row, rows of a share)
+    for part, rows in enumerate(sections):
+        starts = [sum(rows[:number]) for number in range(len(rows))]
+        places += [(part, start, count // shares) for start, count in zip(starts, rows, strict=True)]
     return tuple(
-        RowBlock(part, group * share, (group + 1) * share)
-        for group in range(groups)
-        for part, share in enumerate(shares)
+        RowBlock(part, start + share * rows, start + (share + 1) * rows)
+        for share in range(shares)
+        for part, start, rows in places
     )

@@ -2,141 +2,38 @@
 
 A torch_dist directory is executable content: torch reads `.metadata` with bare `pickle.load`, and byte
 objects and `common.pt` in ways that an environment variable can make as trusting. Here a pickle may name
-only what is on an exact list, and even that is never imported: a `Record` stands in for every object.
+only what is on an exact list (`unpickler.py`), and even that is never imported.
 `scan_directory` does the same for a directory that Megatron-core or torch will open afterwards.
 """
 
 import io
-import pickle
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
 
 import torch
 
 from toolkits.foundation.errors import CheckpointError
 
 from .mapped_file import MappedFile, MappedFolder
+from .safe_files import is_plain_name, sizes, stays_inside
+from .unpickler import STORAGES, Record, loads
 
 METADATA_FILE = ".metadata"
-
-_DCP = "torch.distributed.checkpoint."
-_MCORE = "megatron.core."
-_STORAGES = {
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "DoubleStorage": torch.float64,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
-_DTYPES = {*_STORAGES.values(), torch.float8_e4m3fn, torch.float8_e5m2}
-
-# Harmless values that come in as themselves; the two modules are Python 3's builtins and pickle's old name for it.
-_VALUES: dict[str, object] = {
-    "torch.Size": tuple,
-    "collections.OrderedDict": dict,
-    **{str(dtype): dtype for dtype in _DTYPES},
-    **{
-        f"{module}.{kind.__name__}": kind
-        for module in ("builtins", "__builtin__")
-        for kind in (set, frozenset, bytes, bytearray, complex, slice, range)
-    },
-}
-
-# Everything else that the metadata, common.pt and byte objects of torch and Megatron-core name.
-_RECORDS = frozenset(
-    [_DCP + "metadata." + name for name in ("Metadata", "MetadataIndex", "TensorStorageMetadata", "StorageMeta")]
-    + [_DCP + "metadata." + name for name in ("BytesStorageMetadata", "ChunkStorageMetadata", "TensorProperties")]
-    + [_DCP + "metadata._MEM_FORMAT_ENCODING", _DCP + "filesystem._StorageInfo"]
-    + [_DCP + "planner." + name for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")]
-    + ["torch.serialization._get_layout", "torch.device", "torch._utils._rebuild_tensor_v2"]
-    + ["torch._utils._rebuild_parameter", "torch.storage.UntypedStorage", *(f"torch.{name}" for name in _STORAGES)]
-    + [f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("_reconstruct", "scalar")]
-    + ["numpy.ndarray", "numpy.dtype", "numpy.dtypes.UInt32DType", "_codecs.encode", "_io.BytesIO"]
-    + [f"{module}.{name}" for module in ("pathlib", "pathlib._local") for name in ("PosixPath", "PurePosixPath")]
-    + ["argparse.Namespace", "types.SimpleNamespace", "signal.Signals"]
-    + [_MCORE + "enums.ModelType", _MCORE + "optimizer.optimizer_config.OptimizerConfig"]
-    + [_MCORE + "transformer.enums." + name for name in ("AttnBackend", "AttnMaskType", "CudaGraphScope")]
-    + [_MCORE + "rerun_state_machine." + name for name in ("RerunDiagnostic", "RerunMode", "RerunState")]
-    + [_MCORE + "dist_checkpointing.strategies.torch." + name for name in ("MCoreMetadata", "MCoreSavePlan")]
-)
+MAX_PICKLE = 1 << 28  # bytes; the metadata of the largest checkpoints takes some 10 MB
 
 
-class Record:
-    """Stands in for an object of a pickle: what made it (`name`), with which `args`, and its `state`."""
+@dataclass(frozen=True)
+class ArchivedTensor:
+    """A tensor of an archive: a view with `offset` and `stride` of `count` elements from byte `start` of its file."""
 
-    name: ClassVar[str] = ""
-
-    def __new__(cls, *args: object) -> "Record":
-        record = super().__new__(cls)
-        record.args, record.state = args, {}
-        return record
-
-    def __init__(self, *args: object) -> None:
-        self.args: tuple
-        self.state: object
-
-    def __setstate__(self, state: object) -> None:
-        self.state = state
-
-    def get(self, field_name: str) -> object:
-        """Return a field of a record whose state is a dict; raise CheckpointError when it is not there."""
-        if not isinstance(self.state, dict) or field_name not in self.state:
-            raise CheckpointError(f"checkpoint metadata: {self.name} without {field_name}")
-        return self.state[field_name]
-
-
-class _Refused(Exception):
-    """What a pickle asked for in vain."""
-
-
-class _Buffer(Record):
-    """An io.BytesIO, which must be empty: Transformer Engine would unpickle what is in it."""
-
-    name = "_io.BytesIO"
-
-    def __setstate__(self, state: object) -> None:
-        if isinstance(state, tuple) and state and state[0]:
-            raise _Refused("an embedded file")
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO) -> None:
-        super().__init__(file)
-        self._kinds: dict[str, type[Record]] = {_Buffer.name: _Buffer}
-
-    def find_class(self, module: str, name: str) -> object:
-        asked = f"{module}.{name}"
-        if asked in _VALUES and "." not in name:
-            return _VALUES[asked]
-        if asked not in _RECORDS or "." in name:
-            # Pickle names os.system by the module that implements it.
-            raise _Refused(f"os.{name}" if module in ("posix", "nt") else asked)
-        if asked not in self._kinds:
-            self._kinds[asked] = type(name, (Record,), {"name": asked})
-        return self._kinds[asked]
-
-    def persistent_load(self, identity: object) -> object:
-        return identity
-
-
-def loads(raw: bytes, source: str) -> object:
-    """Return what a pickle describes, with records for objects; `source` names it in errors.
-
-    Raises CheckpointError when it asks for anything that is not on the list, or is no pickle.
-    """
-    try:
-        return _Unpickler(io.BytesIO(raw)).load()
-    except _Refused as refused:
-        raise CheckpointError(f"refusing executable content in {source}: it asks for {refused}") from None
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise CheckpointError(f"{source} is damaged: not a readable pickle ({error})") from None
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+    start: int
+    count: int
 
 
 class Archive:
@@ -144,14 +41,19 @@ class Archive:
 
     def __init__(self, content: MappedFile, start: int, length: int, *, source: str) -> None:
         self.start, self.source, self._content, self._length = start, source, content, length
+        if start < 0 or length < 0 or start + length > len(content):
+            raise CheckpointError(
+                f"{source} is cut short: .metadata promises {start + length:,} bytes or more, "
+                f"the file has {len(content):,}; copy the checkpoint again"
+            )
         if content.bytes(start, 4) != b"PK\x03\x04":
-            loads(content.bytes(start, length), source)
+            loads(content.bytes(start, min(length, MAX_PICKLE)), source)
             raise CheckpointError(f"{source} is not a torch.save archive (zip format of torch 1.6 or later)")
         try:
             self._reader = torch._C.PyTorchFileReader(_RangeReader(content, start, length))  # type: ignore[call-overload]
             self._records = self._reader.get_all_records()
         except RuntimeError as error:
-            raise CheckpointError(f"{source} is damaged: {str(error).splitlines()[0]}") from None
+            raise self._damaged(error) from None
 
     def load(self) -> object:
         """Return what the archive describes, with records for objects."""
@@ -159,29 +61,64 @@ class Archive:
             raise CheckpointError(f"refusing executable content in {self.source}: it is a TorchScript program")
         if "data.pkl" not in self._records or len(set(self._records)) != len(self._records):
             raise CheckpointError(f"{self.source} is damaged: not one data.pkl")
-        return loads(self._reader.get_record("data.pkl"), self.source)
+        if "byteorder" in self._records and self._record("byteorder") != b"little":
+            raise CheckpointError(f"{self.source} was saved on a big-endian machine, which is not read")
+        return loads(self._record("data.pkl"), self.source)
 
     def storages(self) -> Iterator[bytes]:
         """Yield the bytes of every tensor storage."""
         for record in self._records:
             if record.startswith("data/"):
-                yield self._reader.get_record(record)
+                yield self._record(record)
 
     def tensor(self) -> torch.Tensor:
         """Return the one tensor that the archive holds, as a view of the file where alignment allows it."""
-        record = self.load()
-        if not isinstance(record, Record) or record.name != "torch._utils._rebuild_tensor_v2":
-            raise CheckpointError(f"{self.source} does not hold a plain tensor")
+        return self.read(self._described(self.load(), "it"))
+
+    def tensors(self) -> dict[str, ArchivedTensor]:
+        """Return the tensors of a state dict by name; raise CheckpointError when it is anything else."""
+        described = self.load()
+        if not isinstance(described, dict) or not all(isinstance(name, str) for name in described):
+            raise CheckpointError(f"{self.source} does not hold tensors by name")
+        return {name: self._described(record, name) for name, record in described.items()}
+
+    def read(self, tensor: ArchivedTensor) -> torch.Tensor:
+        """Return a tensor of this archive, as a view of the file where alignment allows it."""
         try:
-            (_, kind, key, _, count), offset, size, stride = record.args[:4]
-            dtype = _STORAGES[kind.name.removeprefix("torch.")]
+            storage = self._content.tensor(tensor.dtype, (tensor.count,), tensor.start)
+            return storage.as_strided(tensor.shape, tensor.stride, tensor.offset)
+        except (RuntimeError, ValueError) as error:
+            raise self._damaged(error) from None
+
+    def _described(self, record: object, name: str) -> ArchivedTensor:
+        if isinstance(record, Record) and record.name == "torch._utils._rebuild_parameter" and record.args:
+            record = record.args[0]
+        if not isinstance(record, Record) or record.name != "torch._utils._rebuild_tensor_v2":
+            raise CheckpointError(f"{self.source}: {name} is not a plain tensor")
+        try:
+            (_, kind, key, _, count), offset, shape, stride = record.args[:4]
+            dtype = STORAGES[kind.name.removeprefix("torch.")]
             place = self._reader.get_record_offset(f"data/{key}")
-            if place + count * dtype.itemsize > self._length:
+            if not all(type(each) is int and each >= 0 for each in (count, offset, *shape, *stride)):
+                raise ValueError("sizes that cannot be")
+            last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
+            if place + count * dtype.itemsize > self._length or last >= max(1, count) or math.prod(shape) > count:
                 raise ValueError("storage beyond its end")
-            storage = self._content.tensor(dtype, (count,), self.start + place)
-            return storage.as_strided(size, stride, offset)
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.source} is damaged: {error}") from None
+            raise self._damaged(error) from None
+        return ArchivedTensor(dtype, tuple(shape), tuple(stride), offset, self.start + place, count)
+
+    def _record(self, name: str) -> bytes:
+        try:
+            # A record that is compressed may grow beyond all bounds.
+            if self._reader.get_record_size(name) > min(self._length, MAX_PICKLE):
+                raise CheckpointError(f"{self.source} is damaged: {name} in it is larger than can be")
+            return self._reader.get_record(name)
+        except RuntimeError as error:
+            raise self._damaged(error) from None
+
+    def _damaged(self, error: Exception) -> CheckpointError:
+        return CheckpointError(f"{self.source} is damaged: {(str(error).splitlines() or ['unreadable'])[0]}")
 
 
 class _RangeReader(io.RawIOBase):
@@ -244,40 +181,52 @@ def read_metadata(step: Path) -> StepMetadata:
     path = step / METADATA_FILE
     if not path.is_file():
         raise CheckpointError(f"no checkpoint at {step}: it has no {METADATA_FILE}")
+    if path.stat().st_size > MAX_PICKLE:
+        raise CheckpointError(f"{path} is larger than the metadata of a checkpoint can be")
+    described = loads(path.read_bytes(), str(path))
     try:
-        return _parse(loads(path.read_bytes(), str(path)))
+        metadata = _parse(described)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
     except (AttributeError, TypeError, ValueError, KeyError, IndexError) as error:
         raise CheckpointError(f"{path} is damaged: {type(error).__name__} {error}") from None
+    chunks = [*metadata.objects.values(), *(chunk for tensor in metadata.tensors.values() for chunk in tensor.chunks)]
+    for file in sorted({chunk.file for chunk in chunks}):
+        if not stays_inside(step, step / file):
+            raise CheckpointError(f"unsafe link {step / file}: it leads out of its folder; put the file itself there")
+    return metadata
 
 
 def _parse(metadata: object) -> StepMetadata:
     tensors: dict[str, StoredTensor] = {}
     objects: dict[str, StoredChunk] = {}
-    chunk_sizes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
+    chunk_shapes: dict[tuple[str, tuple[int, ...]], tuple[int, ...]] = {}
     for key, entry in metadata.get("state_dict_metadata").items():  # type: ignore[attr-defined]
         if not entry.name.endswith(".TensorStorageMetadata"):
             continue
-        tensors[key] = StoredTensor(entry.get("properties").state[0], tuple(entry.get("size")))
+        dtype = entry.get("properties").state[0]
+        if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
+            raise ValueError(f"{key!r} of type {dtype!r}")
+        tensors[key] = StoredTensor(dtype, sizes(entry.get("size")))
         for chunk in entry.get("chunks"):
-            chunk_sizes[key, tuple(chunk.get("offsets"))] = tuple(chunk.get("sizes"))
+            chunk_shapes[key, sizes(chunk.get("offsets"))] = sizes(chunk.get("sizes"))
     for index, info in metadata.get("storage_data").items():  # type: ignore[attr-defined]
-        key, offsets = index.get("fqn"), tuple(index.state.get("offset") or ())
-        file = _plain_name(info.get("relative_path"))
+        key, offsets = index.get("fqn"), sizes(index.state.get("offset") or ())
+        file = info.get("relative_path")
+        if not is_plain_name(file):
+            raise CheckpointError(f"unsafe path in checkpoint metadata: {file!r}")
         if info.state.get("transform_descriptors"):
             raise CheckpointError(f"{file}: transformed (compressed or encrypted) entries are not supported")
-        sizes = chunk_sizes[key, offsets] if key in tensors else ()
-        chunk = StoredChunk(offsets, sizes, file, int(info.get("offset")), int(info.get("length")))
-        if key in tensors:
+        start, length = sizes((info.get("offset"), info.get("length")))
+        shape = chunk_shapes[key, offsets] if key in tensors else ()
+        chunk = StoredChunk(offsets, shape, file, start, length)
+        if key not in tensors:
+            objects[key] = chunk
+        elif len(offsets) == len(shape) == len(tensors[key].shape):
             tensors[key].chunks.append(chunk)
         else:
-            objects[key] = chunk
+            raise ValueError(f"a chunk of {key} with other axes")
     return StepMetadata(tensors, objects)
-
-
-def _plain_name(path: str) -> str:
-    if not path or path != Path(path).name or path == "..":
-        raise CheckpointError(f"unsafe path in checkpoint metadata: {path!r}")
-    return path
 
 
 def scan_directory(step: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Protocol
 
 import torch
 
-from toolkits.foundation.errors import CheckpointError, raise_all
+from toolkits.foundation.errors import CheckpointError, UsageError
 from toolkits.foundation.progress import Progress
 
 from .hf_as_mcore import HfAsMcore
@@ -15,8 +15,11 @@ from .layout import name_of, same_bits
 from .mcore_as_hf import McoreAsHf
 from .mcore_checkpoint import is_mcore_directory
 from .plan import Plan, Step
+from .recorded import MANIFEST_FILE, check_recorded
+from .report import REPORT_FILE
 
 THREADS = 2
+SHOWN = 10  # differences that are described; the others are counted
 
 
 class HfTensors(Protocol):
@@ -29,21 +32,34 @@ class HfTensors(Protocol):
 def verify(a: Path, b: Path) -> int:
     """Compare two directories, HuggingFace or Megatron-core; return the number of tensors, all equal.
 
-    Raises CheckpointError that lists every difference.
+    Raises CheckpointError that counts the differences and describes the first of them.
     """
     (plan, first), (other_plan, second) = _open(a), _open(b)
     problems = [f"{name}: only in {a}" for name in plan.hf_tensors if name not in other_plan.hf_tensors]
     problems += [f"{name}: only in {b}" for name in other_plan.hf_tensors if name not in plan.hf_tensors]
     shared = [step for step in plan.steps if all(part.name in other_plan.hf_tensors for part in step.parts)]
-    problems += _differences(shared, first, second, None)
-    raise_all(CheckpointError, f"{a} and {b} differ", problems)
-    return len(plan.hf_tensors)
+    different = _differences(shared, first, second)
+    if not problems and not different:
+        return len(plan.hf_tensors)
+    counted = f"{len(different)} of {sum(len(step.parts) for step in shared)} tensors differ"
+    if problems:
+        counted += f", {len(problems)} are only in one"
+    rest = len(problems) + len(different) - SHOWN
+    shown = [*problems, *different][:SHOWN] + [f"and {rest} more"] * (rest > 0)
+    raise CheckpointError("\n".join([f"{a} and {b} differ: {counted}", *(f"  - {line}" for line in shown)]))
 
 
-def require_equal(plan: Plan, original: HfTensors, written: HfTensors, *, cast: torch.dtype | None) -> None:
-    """Raise CheckpointError when what was written, read again, is not the (cast) original bit for bit."""
-    problems = _differences(plan.steps, original, written, cast)
-    raise_all(CheckpointError, "what was written differs from its source; nothing was published", problems)
+def verify_record(directory: Path) -> str:
+    """Hold a directory against the record of how it was made, hash by hash; return what was held.
+
+    Raises CheckpointError for each difference, and UsageError when there is no record.
+    """
+    plan, opened = _open(directory)
+    step = opened.checkpoint.step if isinstance(opened, McoreAsHf) else Path(directory)
+    held = check_recorded(step, plan, everything=True)
+    if held is None:
+        raise UsageError(f"{directory} has no {REPORT_FILE} or {MANIFEST_FILE}: name a directory to compare it with")
+    return held
 
 
 def _open(directory: Path) -> tuple[Plan, HfTensors]:
@@ -54,15 +70,13 @@ def _open(directory: Path) -> tuple[Plan, HfTensors]:
     return hf.plan, hf.source
 
 
-def _differences(steps: Sequence[Step], a: HfTensors, b: HfTensors, cast: torch.dtype | None) -> list[str]:
+def _differences(steps: Sequence[Step], a: HfTensors, b: HfTensors) -> list[str]:
     def compare(step: Step) -> list[str]:
         problems = []
         for part in step.parts:
             first, second = a.read(part.name), b.read(part.name)
-            if cast is not None:
-                first = first.to(cast)
             if not same_bits(first, second):
-                problems.append(f"{part.name}: {_describe(first, second)}")
+                problems.append(f"{part.name}: {describe_difference(first, second)}")
         return problems
 
     problems = []
@@ -76,11 +90,13 @@ def _differences(steps: Sequence[Step], a: HfTensors, b: HfTensors, cast: torch.
     return problems
 
 
-def _describe(a: torch.Tensor, b: torch.Tensor) -> str:
+def describe_difference(a: torch.Tensor, b: torch.Tensor) -> str:
+    """Say how two tensors differ, in no more memory than a byte for each element."""
     if a.shape != b.shape or a.dtype != b.dtype:
         return f"{name_of(a.dtype)} {list(a.shape)} against {name_of(b.dtype)} {list(b.shape)}"
-    # Equal values of other bits are NaNs and signed zeros.
-    places = (a != b).nonzero()
-    if not len(places):
+    different = (a != b).logical_and_(~(a.isnan() & b.isnan()))
+    count = int(different.sum())
+    if not count:  # equal values of other bits
         return "signs of zeros or NaN payloads differ"
-    return f"{len(places):,} of {a.numel():,} elements differ (first at {places[0].tolist()})"
+    first = torch.unravel_index(different.view(-1).view(torch.uint8).argmax(), different.shape)
+    return f"{count:,} of {a.numel():,} elements differ (first at {[int(axis) for axis in first]})"

@@ -14,7 +14,10 @@ import torch.distributed
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-LAYOUTS = ((1, 1), (2, 1), (1, 2), (2, 2))
+LAYOUTS = ((1, 1, 1), (2, 1, 1), (1, 2, 1), (2, 2, 1), (1, 1, 2))  # TP, PP, EP
+# The models that megatron-core saves again; of the first three also as its plain local spec would.
+STOCK = ("untied", "tied", "qwen2-moe")
+SAVED = (*STOCK, "phi3", "qwen3-moe-mixed", "deepseek-v3")
 
 
 def main(rank: int, world: int, work: Path) -> None:
@@ -24,47 +27,84 @@ def main(rank: int, world: int, work: Path) -> None:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
+    from tests.conversion_models import register
+    from toolkits.training.layout import Layout
+
     torch.distributed.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=world)
+    for file in work.glob("*.py"):  # a family of the tests
+        register(file)
     results = {}
-    for tensor, pipeline in LAYOUTS:
-        parallel_state.initialize_model_parallel(tensor, pipeline)
+    for tensor, pipeline, expert in LAYOUTS:
+        parallel_state.initialize_model_parallel(tensor, pipeline, expert_model_parallel_size=expert)
         model_parallel_cuda_manual_seed(1)
-        for name in ("untied", "tied"):
-            results[f"{name} TP{tensor} PP{pipeline}"] = check(work / name, world, tensor, pipeline)
+        for folder in sorted(path.parent for path in work.glob("*/mcore")):
+            name = f"{folder.name} TP{tensor} PP{pipeline}" + (f" EP{expert}" if expert > 1 else "")
+            if result := check(folder, Layout(world, tensor, pipeline, False, 1, expert=expert), expert):
+                results[name] = result
+        if (tensor, pipeline, expert) == (1, 1, 1):
+            results["prediction"] = prediction_shapes(work / "deepseek-v3" / "hf")
         parallel_state.destroy_model_parallel()
     (work / f"result-{rank}.json").write_text(json.dumps(results))
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
-def check(folder: Path, world: int, tensor: int, pipeline: int) -> dict:
-    """Load the directory, compare logits, names and slices, and save it the way megatron-core does."""
+def check(folder: Path, layout, expert: int) -> dict | None:
+    """Load the directory, compare logits, names and slices, and save it the way megatron-core does.
+
+    Return None when expert parallelism is asked of a model without experts.
+    """
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing.validation import StrictHandling
 
     from conversion.hf_as_mcore import HfAsMcore
     from conversion.hf_checkpoint import read_config
-    from conversion.plan import mcore_settings
+    from conversion.settings import mcore_settings
     from toolkits.training.config import ComputeSettings
-    from toolkits.training.layout import Layout
     from toolkits.training.parallel.model import build_model
 
     settings = mcore_settings(read_config(folder / "hf"))
-    layout = Layout(world=world, tensor=tensor, pipeline=pipeline, sequence=False, micro_batches=1)
-    model = build_model(settings, layout, ComputeSettings(precision="fp32"))
+    if expert > 1 and "num_moe_experts" not in settings:
+        return None
+    (model,) = build_model(settings, layout, ComputeSettings(precision="fp32"))
     state = dist_checkpointing.load(
         model.sharded_state_dict(), str(folder / "mcore" / "release"), strict=StrictHandling.RAISE_UNEXPECTED
     )
     model.load_state_dict(state, strict=False)
+    model.eval()  # experts under TP are not trained without sequence parallelism
     truth = torch.load(folder / "truth.pt")
     with torch.no_grad():
         logits = forward(model, truth["ids"])
     error = None if logits is None else (logits[..., : settings["vocab_size"]] - truth["logits"]).abs().max().item()
     compared = compare_slices(model, HfAsMcore(folder / "hf"))
-    save(model, folder / f"saved-tp{tensor}-pp{pipeline}", with_optimizer=(tensor, pipeline) == (2, 1))
-    if (tensor, pipeline) == (1, 1):
-        save_stock_model(model, folder / "stock")
+    if folder.name in SAVED and expert == 1:
+        shape = (layout.tensor, layout.pipeline)
+        save(model, folder / "saved-tp{}-pp{}".format(*shape), with_optimizer=shape == (2, 1))
+        if shape == (1, 1) and folder.name in STOCK:
+            save_stock_model(model, folder / "stock")
     return {"error": error, "slices": compared}
+
+
+def prediction_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """Return what megatron-core saves of a model with one layer that predicts a further token."""
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_mtp_block_spec
+
+    from conversion.hf_checkpoint import read_config
+    from conversion.settings import mcore_settings
+    from toolkits.training.config import ComputeSettings
+    from toolkits.training.layout import Layout
+    from toolkits.training.parallel.model import transformer_config
+    from toolkits.training.parallel.spec import decoder_spec
+
+    settings = mcore_settings(read_config(folder)) | {"mtp_num_layers": 1}
+    config = transformer_config(settings, Layout(1, 1, 1, False, 1), ComputeSettings(precision="fp32"))
+    layers = decoder_spec(config)
+    prediction = get_gpt_mtp_block_spec(config, layers.layer_specs[-1], use_transformer_engine=False)
+    model = GPTModel(
+        config, layers, settings["vocab_size"], 64, position_embedding_type="rope", mtp_block_spec=prediction
+    )
+    return {tensor.key: tuple(tensor.global_shape) for tensor in flat_tensors(model)}
 
 
 def forward(model, ids):
@@ -125,7 +165,7 @@ def save(model, folder: Path, *, with_optimizer: bool) -> None:
         from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 
         config = OptimizerConfig(optimizer="adam", lr=1e-3, bf16=False, use_distributed_optimizer=False)
-        optimizer = get_megatron_optimizer(config, [wrap(model, distributed_optimizer=False)])
+        optimizer = get_megatron_optimizer(config, wrap((model,), distributed_optimizer=False))
         state["optimizer"] = optimizer.sharded_state_dict(state["model"], is_loading=True)
     dist_checkpointing.save(state, str(step))
 
@@ -137,13 +177,12 @@ def save_stock_model(model, folder: Path) -> None:
 
     (step := folder / "release").mkdir(parents=True, exist_ok=True)
     torch.distributed.barrier()
-    fused = {
-        "self_attention.linear_qkv.layer_norm_": "input_layernorm.",
-        "mlp.linear_fc1.layer_norm_": "pre_mlp_layernorm.",
-    }
+    mlp = ("mlp.linear_fc1.layer_norm_", "pre_mlp_layernorm.")
+    stock_names = {"self_attention.linear_qkv.layer_norm_": "input_layernorm."}
+    stock_names |= dict([mlp[::-1] if model.config.num_moe_experts else mlp])  # of experts it is the other way round
     state = model.sharded_state_dict(metadata={"non_homogeneous_layers": True})
     for value in state.values():
-        for ours, stock in fused.items():
+        for ours, stock in stock_names.items():
             value.key = value.key.replace(ours, stock)
     dist_checkpointing.save(
         {key: value for key, value in state.items() if not isinstance(value, ShardedObject)}, str(step)

@@ -8,48 +8,10 @@ import torch
 
 from conversion.families import FAMILIES, family_for
 from conversion.layout import fuse, split
-from conversion.plan import (
-    RowBlock,
-    config_dtype,
-    mcore_settings,
-    plan_for,
-    qkv_blocks,
-    stacked_blocks,
-    untrainable_reasons,
-)
+from conversion.plan import RowBlock, plan_for, shared_blocks, stacked_blocks
+from conversion.settings import config_dtype, mcore_settings, untrainable_reasons
 from tests.conversion_models import CONFIGS, TIED, UNTIED, tensors_of
 from toolkits.foundation.errors import CheckpointError
-
-# What megatron-core 0.16.1 with Transformer Engine saves for UNTIED, written down by hand.
-TRANSFORMER_ENGINE_TENSORS = {
-    "embedding.word_embeddings.weight": (251, 48),
-    "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (4, 48),
-    "decoder.layers.self_attention.linear_qkv.weight": (4, 80, 48),
-    "decoder.layers.self_attention.linear_qkv.bias": (4, 80),
-    "decoder.layers.self_attention.linear_proj.weight": (4, 48, 48),
-    "decoder.layers.mlp.linear_fc1.layer_norm_weight": (4, 48),
-    "decoder.layers.mlp.linear_fc1.weight": (4, 224, 48),
-    "decoder.layers.mlp.linear_fc2.weight": (4, 48, 112),
-    "decoder.final_layernorm.weight": (48,),
-    "output_layer.weight": (251, 48),
-}
-TRANSFORMER_ENGINE_OBJECTS = [
-    f"decoder.layers.{module}._extra_state/shard_{layer}_4"
-    for module in (
-        "self_attention.core_attention",
-        "self_attention.linear_qkv",
-        "self_attention.linear_proj",
-        "mlp.linear_fc1",
-        "mlp.linear_fc2",
-    )
-    for layer in range(4)
-] + ["decoder.final_layernorm._extra_state/shard_0_1"]
-
-
-def test_names_and_shapes_are_those_of_transformer_engine():
-    plan = plan_for(UNTIED)
-    assert {key: info.shape for key, info in plan.tensors.items()} == TRANSFORMER_ENGINE_TENSORS
-    assert sorted(plan.extra_states) == sorted(TRANSFORMER_ENGINE_OBJECTS)
 
 
 def test_tied_embeddings_have_no_output_layer_and_count_once():
@@ -108,10 +70,16 @@ def test_absent_tie_word_embeddings_means_what_it_means_in_transformers():
     assert plan_for(without).tied is Qwen2Config().tie_word_embeddings is False
 
 
+def test_null_key_value_heads_are_as_many_as_heads_and_absent_ones_are_an_error():
+    assert mcore_settings({**UNTIED, "num_key_value_heads": None})["num_query_groups"] == 6
+    with pytest.raises(CheckpointError, match=r"family qwen2 lacks num_key_value_heads"):
+        mcore_settings({name: value for name, value in UNTIED.items() if name != "num_key_value_heads"})
+
+
 def test_missing_fields_are_named_all_at_once():
     for config, rope in ((UNTIED, "rope_parameters"), (TIED, "rope_theta")):
         poor = {name: value for name, value in config.items() if name not in (rope, "rms_norm_eps")}
-        with pytest.raises(CheckpointError, match=r"family qwen2 lacks rms_norm_eps, rope_theta"):
+        with pytest.raises(CheckpointError, match=r"family qwen2 lacks rms_norm_eps, .* or rope_theta"):
             mcore_settings(poor)
 
 
@@ -119,13 +87,16 @@ def test_missing_fields_are_named_all_at_once():
     ("change", "message"),
     [
         ({"num_key_value_heads": 4}, "6 attention heads cannot share 4 key/value heads"),
-        ({"hidden_size": 50}, "hidden_size 50 is no multiple of 6 heads"),
+        ({"hidden_size": 50}, "hidden_size 50 is no multiple of num_attention_heads 6, and kv_channels is not given"),
         ({"vocab_size": "251"}, "vocab_size='251'"),
         ({"num_hidden_layers": 0}, "num_hidden_layers=0"),
         ({"head_dim": 7.5}, "head_dim=7.5"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers=1000000000"),
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps='1e-6'"),
         ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0"),
+        ({"num_key_value_heads": 10**9, "num_attention_heads": 10**9}, "num_attention_heads=1000000000"),
+        ({"num_key_value_heads": "2"}, "num_key_value_heads='2'"),
+        ({"tie_word_embeddings": "no"}, "tie_word_embeddings='no'"),
     ],
 )
 def test_numbers_that_cannot_be(change, message):
@@ -138,10 +109,13 @@ def test_what_is_converted_but_not_trained_is_said():
     for change, reason in (
         ({"use_sliding_window": True}, "use_sliding_window=True"),
         ({"hidden_act": "gelu"}, "hidden_act=gelu"),
-        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, "yarn rotary positions"),
-        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4}}, "linear rotary positions"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling.type=yarn: only the default rotary positions",
+        ),
+        ({"rope_parameters": {"rope_type": "linear", "rope_theta": 2e4}}, "rope_parameters.rope_type=linear: only"),
         ({"rope_parameters": {"rope_theta": 1e4}}, "contradicts itself on rope_theta"),
-        ({"layer_types": ["sliding_attention"] * 4}, "layer_types other than full_attention"),
+        ({"layer_types": ["sliding_attention"] * 4}, "layer_types=['sliding_attention', "),
     ):
         (found,) = untrainable_reasons({**TIED, **change})
         assert reason in found
@@ -151,7 +125,7 @@ def test_what_is_converted_but_not_trained_is_said():
 def test_yarn_beside_the_other_spellings_default_is_seen():
     """transformers takes it from there; reading the first place alone would train plain positions."""
     (found,) = untrainable_reasons({**UNTIED, "rope_scaling": {"type": "yarn", "factor": 4.0}})
-    assert "yarn rotary positions in rope_scaling" in found
+    assert "rope_scaling.type=yarn" in found
 
 
 def test_an_unknown_architecture_lists_the_known_ones():
@@ -170,26 +144,29 @@ def test_families_do_not_share_names():
     assert len({family.name for family in FAMILIES}) == len(FAMILIES)
 
 
-def test_query_key_and_value_of_a_group_lie_together():
-    # 4 query heads in 2 groups, heads of one row.
-    assert qkv_blocks([4, 2, 2], 2) == (
-        RowBlock(0, 0, 2),
-        RowBlock(1, 0, 1),
-        RowBlock(2, 0, 1),
-        RowBlock(0, 2, 4),
-        RowBlock(1, 1, 2),
-        RowBlock(2, 1, 2),
+# Query, key and value of 4 heads in 2 groups, heads of one row: three tensors, or one that has all.
+SEPARATE, TOGETHER = ((4,), (2,), (2,)), ((4, 2, 2),)
+
+
+@pytest.mark.parametrize(("sections", "parts"), [(SEPARATE, 3), (TOGETHER, 1)])
+def test_query_key_and_value_of_a_group_lie_together(sections, parts):
+    rows = torch.tensor([0, 1, 2, 3, 10, 11, 20, 21])
+    stored = rows.split([4, 2, 2]) if parts == 3 else [rows]
+    blocks = shared_blocks(sections, 2)
+    assert fuse(stored, blocks).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
+    assert blocks[3:5] == (
+        (RowBlock(0, 2, 4), RowBlock(1, 1, 2)) if parts == 3 else (RowBlock(0, 2, 4), RowBlock(0, 5, 6))
     )
-    q, k, v = (torch.tensor(rows) for rows in ([0, 1, 2, 3], [10, 11], [20, 21]))
-    assert fuse([q, k, v], qkv_blocks([4, 2, 2], 2)).tolist() == [0, 1, 10, 20, 2, 3, 11, 21]
 
 
 @pytest.mark.parametrize("groups", [1, 2, 5])
 @pytest.mark.parametrize("columns", [(), (7,), (3, 2)])
 def test_split_undoes_fuse_and_a_slice_is_a_slice(groups, columns):
     random = torch.Generator().manual_seed(groups)
+    sections = ((groups * 6,), (groups * 2,), (groups * 2,))
     for rows, blocks in (
-        ([groups * 6, groups * 2, groups * 2], qkv_blocks([groups * 6, groups * 2, groups * 2], groups)),
+        ([groups * 6, groups * 2, groups * 2], shared_blocks(sections, groups)),
+        ([groups * 10], shared_blocks(((groups * 6, groups * 2, groups * 2),), groups)),
         ([groups * 4, groups * 3], stacked_blocks([groups * 4, groups * 3])),
     ):
         parts = [torch.randn(count, *columns, generator=random) for count in rows]
@@ -204,3 +181,48 @@ def test_split_undoes_fuse_and_a_slice_is_a_slice(groups, columns):
 def test_the_plan_needs_no_torch():
     script = "import sys, conversion.plan; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0
+
+
+SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "vocab_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+)
+
+
+def published(architecture, *sizes, **more):
+    always = {"rms_norm_eps": 1e-6, "rope_theta": 1e4, "max_position_embeddings": 4096, "num_experts_per_tok": 8}
+    return dict(zip(SIZES, sizes, strict=True)) | always | more | {"architectures": [f"{architecture}ForCausalLM"]}
+
+
+QWEN3_EXPERTS = {"head_dim": 128, "num_experts": 128, "moe_intermediate_size": 768}
+QWEN2_EXPERTS = {"num_experts": 60, "moe_intermediate_size": 1408, "shared_expert_intermediate_size": 5632}
+LATENT = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
+LITE = LATENT | {"q_lora_rank": None, "n_routed_experts": 64, "n_shared_experts": 2, "moe_intermediate_size": 1408}
+V3 = LATENT | {"q_lora_rank": 1536, "n_routed_experts": 256, "n_shared_experts": 1, "moe_intermediate_size": 2048}
+
+
+@pytest.mark.parametrize(
+    ("millions", "config"),
+    [
+        (7616, published("Qwen2", 28, 3584, 18944, 152064, 28, 4)),
+        (8191, published("Qwen3", 36, 4096, 12288, 151936, 32, 8)),
+        (6738, published("Llama", 32, 4096, 11008, 32000, 32, 32)),
+        (1236, published("Llama", 16, 2048, 8192, 128256, 32, 8, tie_word_embeddings=True)),
+        (7242, published("Mistral", 32, 4096, 14336, 32000, 32, 8)),
+        (46703, published("Mixtral", 32, 4096, 14336, 32000, 32, 8, num_local_experts=8)),
+        (3821, published("Phi3", 32, 3072, 8192, 32064, 32, 32)),
+        (9400, published("Glm4", 40, 4096, 13696, 151552, 32, 2, attention_bias=False)),
+        (9242, published("Gemma2", 42, 3584, 14336, 256000, 16, 8)),
+        (1000, published("Gemma3", 26, 1152, 6912, 262144, 4, 1)),
+        (30532, published("Qwen3Moe", 48, 2048, 6144, 151936, 32, 4, **QWEN3_EXPERTS)),
+        (14316, published("Qwen2Moe", 24, 2048, 5632, 151936, 16, 16, **QWEN2_EXPERTS)),
+        (15706, published("DeepseekV2", 27, 2048, 10944, 102400, 16, 16, **LITE, first_k_dense_replace=1)),
+        (671026, published("DeepseekV3", 61, 7168, 18432, 129280, 128, 128, **V3, first_k_dense_replace=3)),
+    ],
+)
+def test_models_have_as_many_parameters_as_their_authors_say(millions, config):
+    assert round(plan_for(config).num_parameters / 1e6) == millions

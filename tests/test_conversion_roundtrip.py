@@ -13,8 +13,9 @@ from click.testing import CliRunner
 from safetensors.torch import load_file
 
 from conversion import hf_to_mcore, mcore_to_hf
+from conversion.filling import Span, write_files
 from conversion.hf_as_mcore import HfAsMcore
-from conversion.hf_checkpoint import HfCheckpoint, is_hf_directory, write_safetensors
+from conversion.hf_checkpoint import HfCheckpoint, is_hf_directory, safetensors_files
 from conversion.mcore_checkpoint import McoreCheckpoint, find_step, hf_folder, is_mcore_directory
 from conversion.verify import verify
 from tests.conversion_models import CONFIGS, TIED, UNTIED, tensors_of, write_hf
@@ -55,7 +56,7 @@ def test_the_directories_hold_what_their_readers_look_for(tmp_path):
     step = [".metadata", "__0_0.distcp", "__0_1.distcp", "common.pt", "metadata.json"]
     assert files_of(tmp_path / "mcore") == sorted(
         [f"hf/{name}" for name in carried]
-        + ["latest_checkpointed_iteration.txt"]
+        + ["conversion_report.json", "latest_checkpointed_iteration.txt"]
         + [f"release/{name}" for name in step]
     )
     assert (tmp_path / "mcore" / "latest_checkpointed_iteration.txt").read_text() == "release"
@@ -67,7 +68,7 @@ def test_the_directories_hold_what_their_readers_look_for(tmp_path):
         "common_backend_version": 1,
     }
     mcore_to_hf.convert(tmp_path / "mcore" / "release", tmp_path / "back")
-    assert files_of(tmp_path / "back") == sorted([*carried, "model.safetensors"])
+    assert files_of(tmp_path / "back") == sorted([*carried, "conversion_report.json", "model.safetensors"])
     for name in carried:
         assert (tmp_path / "back" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
     assert is_hf_directory(tmp_path / "back") and not is_hf_directory(tmp_path / "mcore")
@@ -105,8 +106,9 @@ def test_any_slice_of_the_merged_tensors_is_read_from_huggingface_files(tmp_path
 def test_shards_are_cut_at_their_size_and_named_in_an_index(tmp_path):
     tensors = tensors_of(UNTIED)
     kinds = {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
-    write_safetensors(tmp_path, kinds, tensors.__getitem__, advance=lambda _: None, shard_bytes=100_000)
-    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    spans = lambda name, place: Span(name, place.start, tensors[name].nbytes, lambda: [tensors[name]])  # noqa: E731
+    shards, index = safetensors_files(kinds, spans, shard_bytes=100_000)
+    write_files(tmp_path, shards)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     assert files == [f"model-{number:05}-of-{len(files):05}.safetensors" for number in range(1, len(files) + 1)]
     assert len(files) > 2
@@ -191,7 +193,7 @@ def test_verify_lists_every_difference(tmp_path):
     changed["lm_head.weight"] = -0.0 * torch.ones(251, 48)
     b = write_hf(tmp_path / "b", tensors=changed)
     with pytest.raises(
-        CheckpointError, match=r"(?s)2 problems.*norm.weight: 1 of 48 elements differ \(first at \[5\]\)"
+        CheckpointError, match=r"(?s)2 of 51 tensors differ.*norm.weight: 1 of 48 elements differ \(first at \[5\]\)"
     ):
         verify(tmp_path / "mcore", b)
     c = write_hf(tmp_path / "c", tensors={**changed, "lm_head.weight": torch.zeros(251, 48)})
@@ -204,12 +206,13 @@ def test_verify_lists_every_difference(tmp_path):
 
 def test_what_is_written_is_read_again(tmp_path, monkeypatch):
     write_hf(tmp_path / "hf")
-    honest = HfAsMcore.step
+    honest = HfAsMcore.slices
 
     def forgetful(self, step):
-        return honest(self, step) * (0 if step.key == "decoder.final_layernorm.weight" else 1)
+        for rows in honest(self, step):
+            yield rows * (0 if step.key == "decoder.final_layernorm.weight" else 1)
 
-    monkeypatch.setattr(HfAsMcore, "step", forgetful)
+    monkeypatch.setattr(HfAsMcore, "slices", forgetful)
     with pytest.raises(CheckpointError, match=r"differs from its source; nothing was published.*model.norm.weight"):
         hf_to_mcore.convert(tmp_path / "hf", tmp_path / "mcore")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hf"]

@@ -1,71 +1,103 @@
-"""What is known of a model family, as frozen data.
+"""What is known of a model family, as frozen data: no behaviour, no imports.
 
-A weight rule names one Megatron-core tensor and the HuggingFace tensors that it is made of. Sizes are
-names, not numbers (`plan.py` gives them their numbers from config.json):
+A rule names one Megatron-core tensor and the HuggingFace tensors that it is made of. Its sizes are names, which
+`plan.py` gives their numbers from config.json:
 
     vocab   rows of the embedding          hidden  width of the residual stream
     ffn     width of the MLP               head    width of one attention head
     query   num heads x head               kv      num key/value groups x head
 
-A name with `{layer}` stands for one tensor a layer; Megatron-core merges them into a leading layer axis.
+and more of them for experts and latent attention. `query+kv+kv` is an axis on which three tensors lie one behind
+the other.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
+
+REQUIRED = object()  # a setting without a default: config.json has to say it
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """A default that is made of other settings: `of`, or the whole number `of` / `by`."""
+
+    of: str
+    by: str | None = None
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A Megatron-core setting and the config.json field that says it."""
+    """A setting of Megatron-core and where config.json says it.
 
-    hf: str
+    `hf` is a field, dots lead into nested objects; several are the spellings of several releases, the newest
+    first.
+    """
+
+    hf: str | tuple[str, ...]
     mcore: str
-    default: object = None  # what transformers takes when the field is absent; None: the field must be there
+    kind: Literal["size", "count", "number", "flag"] = "size"  # counts are sizes that something is repeated by
+    default: object = REQUIRED  # what transformers takes when the field is absent
+    null: object = REQUIRED  # and when it is null; REQUIRED: the same as when it is absent
+    values: tuple[tuple[object, object], ...] = ()  # (what the field says, what the setting then is); None for others
+    times: str | None = None  # a setting by which the field is multiplied
 
 
 @dataclass(frozen=True)
 class Condition:
-    """A config.json field that has to hold one of `allowed` (or be absent) for training to be exact."""
+    """What config.json has to say for training to be exact; conversion never asks.
 
-    hf: str
+    The field, in each of its spellings, is one of `allowed` (a list: each of its elements is), or at least as
+    large as the field `at_least`. `default` is what transformers takes when it is absent. With `when` the
+    condition is asked only where that field says that value.
+    """
+
+    hf: str | tuple[str, ...]
     allowed: tuple[object, ...]
     reason: str
+    default: object = None
+    at_least: str | None = None
+    when: tuple[str | tuple[str, ...], object] | None = None
 
 
 @dataclass(frozen=True)
-class Copy:
-    """`mcore` is `hf`, unchanged. `only_if` is a (setting, value) without which the tensor does not exist."""
+class Rule:
+    """One Megatron-core tensor: the rows of its parts, one part under the other.
+
+    `parts` are HuggingFace names with the sizes of their axes. With `{layer}` or `{expert}` in them the rule
+    stands for one tensor each, which Megatron-core merges into leading axes. `shares` names a number: every
+    tensor on the row axis is cut into so many equal shares, and the first shares of all lie above the second ones.
+    """
 
     mcore: str
-    hf: str
-    shape: tuple[str, ...]
-    only_if: tuple[str, object] | None = None
+    parts: Mapping[str, tuple[str, ...]]
+    shares: str | None = None
+    only_if: str | None = None  # a setting without which the tensor does not exist
+    unless: str | None = None  # a setting with which it does not
+    layers: Literal["all", "dense", "experts"] = "all"  # in which layers: with one MLP, with experts
+    tied_to: str | None = None  # the Megatron-core tensor that it is when embeddings are tied, and then not stored
 
 
 @dataclass(frozen=True)
-class FusedQkv:
-    """`mcore` has, for each key/value group in turn, the rows of its queries, of its key and of its value."""
+class ExpertLayers:
+    """Fields of config.json that say which layers have experts: all from `first` on, every `step`-th, not `dense`."""
 
-    mcore: str
-    q: str
-    k: str
-    v: str
-    columns: tuple[str, ...]
-    only_if: tuple[str, object] | None = None
+    first: str | None = None  # a layer number
+    step: str | None = None  # of `step` layers the last one
+    dense: str | None = None  # a list of layer numbers
 
 
 @dataclass(frozen=True)
-class FusedGateUp:
-    """`mcore` has the rows of the gate above those of the up projection."""
+class PredictionLayers:
+    """Layers behind the last one that predict further tokens (multi-token prediction); a checkpoint may lack them.
 
-    mcore: str
-    gate: str
-    up: str
-    columns: tuple[str, ...]
-    only_if: tuple[str, object] | None = None
+    Each is a layer like the last one, with `rules` beside it: their Megatron-core names start inside it. `copies`
+    are HuggingFace tensors of such a layer that repeat a tensor of the model, by its Megatron-core name.
+    """
 
-
-WeightRule = Copy | FusedQkv | FusedGateUp
+    count: str  # the field of config.json that says how many there are
+    rules: tuple[Rule, ...]
+    copies: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -76,8 +108,9 @@ class ModelFamily:
     architectures: tuple[str, ...]  # as config.json names them
     settings: tuple[Setting, ...]
     constants: Mapping[str, object]  # Megatron-core settings that every member shares
-    rules: tuple[WeightRule, ...]  # in the order of the HuggingFace file
-    extra_states: tuple[str, ...]  # modules for which Transformer Engine stores a byte object, one a layer
+    rules: tuple[Rule, ...]  # in the order of the HuggingFace file
+    expert_layers: ExpertLayers | None = None  # None: no layer has experts
+    prediction_layers: PredictionLayers | None = None
     exact_when: tuple[Condition, ...] = ()
+    never_exact: tuple[str, ...] = ()  # why no member can be trained: what megatron-core 0.16.1 does not compute
     ignored_hf: tuple[str, ...] = (r".*\.rotary_emb\.inv_freq",)  # patterns of tensors that are not weights
-    aliases: Mapping[str, str] = field(default_factory=dict)  # our mcore key -> how a plain local spec says it

@@ -1,7 +1,9 @@
 """`temper convert`: HuggingFace checkpoints to and from Megatron-core."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -22,6 +24,9 @@ def _options(command: Callable) -> Callable:
         click.option("--overwrite", is_flag=True, help="Replace DST; it stays in place until the new one is complete."),
         click.option("--no-verify", is_flag=True, help="Do not read the result again and compare it."),
         click.option("--allow-nonfinite", is_flag=True, help="Convert NaN and Inf weights too."),
+        click.option("--workers", default=2, show_default=True, help="Threads; the output is the same for any number."),
+        click.option("--resume", is_flag=True, help="Go on with what a process that died left of DST."),
+        click.option("--restart", is_flag=True, help="Throw away what a process that died left of DST."),
     ):
         command = decorate(command)
     return command
@@ -29,34 +34,57 @@ def _options(command: Callable) -> Callable:
 
 @convert.command()
 @_options
-def hf2mcore(src: Path, dst: Path, no_verify: bool, **choices: bool) -> None:
+@click.option("--dequantize", is_flag=True, help="Let block-scaled FP8 weights (DeepSeek-V3) become bfloat16.")
+def hf2mcore(src: Path, dst: Path, no_verify: bool, **choices: Any) -> None:
     """Write the Megatron-core directory DST from the HuggingFace directory SRC."""
     from conversion import hf_to_mcore
 
-    plan = hf_to_mcore.convert(src, dst, verify=not no_verify, **choices)  # type: ignore[arg-type]
-    _report(dst, len(plan.tensors), plan.num_parameters, verified=not no_verify)
+    plan = hf_to_mcore.convert(src, dst, verify=not no_verify, **choices)
+    _say(dst, len(plan.tensors), plan.num_parameters, verified=not no_verify, **choices)
 
 
 @convert.command()
 @_options
-def mcore2hf(src: Path, dst: Path, no_verify: bool, **choices: bool) -> None:
+def mcore2hf(src: Path, dst: Path, no_verify: bool, **choices: Any) -> None:
     """Write the HuggingFace directory DST from SRC, a Megatron-core directory or one of its step folders."""
     from conversion import mcore_to_hf
 
-    plan = mcore_to_hf.convert(src, dst, verify=not no_verify, **choices)  # type: ignore[arg-type]
-    _report(dst, len(plan.hf_tensors), plan.num_parameters, verified=not no_verify)
+    plan = mcore_to_hf.convert(src, dst, verify=not no_verify, **choices)
+    _say(dst, len(plan.hf_tensors), plan.num_parameters, verified=not no_verify, **choices)
 
 
 @convert.command()
 @click.argument("a", type=_FOLDER)
-@click.argument("b", type=_FOLDER)
-def verify(a: Path, b: Path) -> None:
-    """Compare the weights of two directories, HuggingFace or Megatron-core, bit for bit."""
-    from conversion.verify import verify as compare
+@click.argument("b", type=_FOLDER, required=False)
+def verify(a: Path, b: Path | None) -> None:
+    """Compare the weights of A and B, HuggingFace or Megatron-core directories, bit for bit.
 
-    click.echo(f"equal: {compare(a, b)} tensors, bit for bit")
+    Without B, hold A against the hashes of the report or manifest that was written with it.
+    """
+    from conversion import verify as verification
+
+    if b is None:
+        click.echo(f"intact: {verification.verify_record(a)}")
+    else:
+        click.echo(f"equal: {verification.verify(a, b)} tensors, bit for bit")
 
 
-def _report(dst: Path, num_tensors: int, num_parameters: int, *, verified: bool) -> None:
-    checked = "read again and equal bit for bit" if verified else "not verified"
-    click.echo(f"{dst}: {num_tensors} tensors, {num_parameters:,} parameters, {checked}")
+@convert.command()
+@click.argument("directory", type=_FOLDER)
+@click.option("--json", "machine", is_flag=True, help="Print JSON.")
+def inspect(directory: Path, machine: bool) -> None:
+    """Say what DIRECTORY is, complete or not: format, family, layers, types, vocabulary, and what is missing."""
+    from conversion import inspect as inspection
+
+    said = inspection.inspect(directory)
+    click.echo(json.dumps(said) if machine else inspection.describe(said))
+
+
+def _say(dst: Path, num_tensors: int, num_parameters: int, *, verified: bool, **choices: Any) -> None:
+    said = [f"{num_tensors} tensors", f"{num_parameters:,} parameters"]
+    if choices.get("dequantize"):
+        said.append("FP8 dequantized to bfloat16")
+    if choices["dtype"]:
+        said.append(f"cast to {choices['dtype']}")
+    said.append("read again and equal bit for bit" if verified else "not verified")
+    click.echo(f"{dst}: {', '.join(said)}")

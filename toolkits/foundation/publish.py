@@ -1,33 +1,41 @@
 """Write beside the target, make it durable, then rename: a reader never sees half a thing.
 
 While a writer works, its output lies in the temporary sibling `.tmp-NAME` and `.lock-NAME` keeps others
-out. Whatever lies in `.tmp-NAME` when the lock is free was left by a writer that died.
+out. Whatever lies in `.tmp-NAME` when the lock is free was left by a writer that died; it is thrown away,
+unless the next writer can go on with it.
 """
 
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
-from .errors import DiskError, UsageError
+from .errors import DiskError, InterruptedRun, UsageError
 from .lock import locked
 from .progress import human_bytes
 
 
 @contextlib.contextmanager
-def publish_directory(target: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def publish_directory(
+    target: Path, *, overwrite: bool = False, keeps: Callable[[Path], bool] | None = None
+) -> Iterator[Path]:
     """Yield an empty temporary directory that becomes `target` when the block ends well.
 
     An existing target is refused with UsageError unless `overwrite`; then it stays in place until the
     new one is complete. When the block raises, nothing of it is left.
+
+    A writer that can go on with what another left gives `keeps`: it is asked whether a temporary directory
+    that is there already is kept as it is, and an interruption leaves its own.
     """
     target = _resolved(target)
     with locked(_sibling(target, ".lock-"), what=str(target)):
         _recover([target])
         _refuse_existing([target], overwrite)
-        temporary = _fresh_temporary(target)
-        with _removed_on_error(temporary):
+        temporary = temporary_of(target)
+        if not (temporary.exists() and keeps and keeps(temporary)):
+            temporary = _fresh_temporary(target)
+        with _removed_on_error(temporary, unless=(KeyboardInterrupt, InterruptedRun) if keeps else ()):
             yield temporary
             fsync_tree(temporary)
             _replace([(temporary, target)])
@@ -124,9 +132,11 @@ def _fresh_temporary(target: Path) -> Path:
 
 
 @contextlib.contextmanager
-def _removed_on_error(temporary: Path) -> Iterator[None]:
+def _removed_on_error(temporary: Path, *, unless: tuple[type[BaseException], ...] = ()) -> Iterator[None]:
     try:
         yield
+    except unless:
+        raise
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
