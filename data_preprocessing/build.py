@@ -1,30 +1,34 @@
 """A JSON or JSONL file -> a dataset on disk.
 
-    read_rows -> _conversations -> _rendered -> _samples -> DatasetWriter
+    read_rows -> _records -> _rendered -> _samples -> DatasetWriter
 
 Every stage is a generator, so memory stays flat. A stage that finds a bad row gives it to `_Rejects`, which
-stops the build or writes the row down and goes on. The result does not depend on the size of the chunks
-that the encoder gets.
+stops the build or writes the row down and goes on. The first good row says whether the file holds
+conversations or plain text. The result does not depend on the size of the chunks that the encoder gets.
 """
 
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TextIO, TypeVar
 
-from toolkits.foundation.errors import DataError
+from toolkits.foundation.errors import DataError, UsageError
 from toolkits.foundation.progress import Progress
 from toolkits.foundation.publish import publish_files
 
 from .chat import ChatEncoder, Rendered, Sample, tokenizer_fingerprint
 from .dataset import DOCUMENT_SUFFIX, FILE_SUFFIXES, DatasetWriter, document_prefix
-from .records import Conversation, ReadReport, Row, RowError, conversation, parse_row, read_rows
+from .records import Document, ReadReport, Record, Row, RowError, parse_row, read_rows, record
+from .text import TextEncoder
 
 T = TypeVar("T")
 Numbered = Iterator[tuple[Row, T]]
+Encoder = ChatEncoder | TextEncoder
+
+CHARACTERS_AT_ONCE = 1 << 22  # of a chunk's texts: a few long documents are a chunk too
 
 
 @dataclass(frozen=True)
@@ -35,6 +39,7 @@ class BuildOptions:
     max_bad: float = 0.01  # with skip: the fraction of rows that may be bad
     encoding: str = "utf-8"
     merge_consecutive: bool = False  # join neighbouring turns of one role instead of refusing them
+    end_token: str | None = None  # behind each plain text; None: the tokenizer's own
     chunk_rows: int = 1024  # rows that the encoder gets at once: more need more memory, nothing else changes
 
 
@@ -57,7 +62,7 @@ def build(
     overwrite: bool = False,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
-    """Write the dataset `prefix` from the conversations in `input` and return its manifest.
+    """Write the dataset `prefix` from the conversations or the texts in `input` and return its manifest.
 
     `tokenizer` is a HuggingFace folder. Bad rows go to PREFIX.rejects.jsonl when `options` skip them. Raises
     DataError for bad input, UsageError when the dataset exists or another process is building it.
@@ -65,15 +70,19 @@ def build(
     source, options = Path(input), options or BuildOptions()
     if not source.is_file() and not source.is_fifo():
         raise DataError(f"{source}: no such file")
-    encoder = ChatEncoder(Path(tokenizer))
     target = document_prefix(Path(prefix))
     tally = _Tally()
     with publish_files(target, FILE_SUFFIXES, overwrite=overwrite) as folder:
         rejects = _Rejects(source, rejects_path(target), skip=options.on_bad_row == "skip")
         with rejects, DatasetWriter(folder, target.name) as writer, Progress("building", None, unit="rows") as progress:
             rows = read_rows(source, tally.read, encoding=options.encoding)
-            conversations = _conversations(rows, options, rejects, tally)
-            rendered = _rendered(conversations, encoder, rejects, tally)
+            records = _records(rows, options, rejects, tally)
+            first = next(records, None)
+            if first is None:
+                rejects.check(tally.rows, options.max_bad)
+            assert first is not None  # without a good row the check has raised
+            encoder = _encoder_for(first[1], Path(tokenizer), options)
+            rendered = _rendered(chain([first], records), encoder, rejects, tally)
             for chunk in _samples(rendered, encoder, rejects, options.chunk_rows):
                 for sample in chunk:
                     writer.add(sample.tokens, sample.mask)
@@ -87,14 +96,23 @@ def rejects_path(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(DOCUMENT_SUFFIX) + ".rejects.jsonl")
 
 
-def _conversations(
-    rows: Iterable[Row], options: BuildOptions, rejects: "_Rejects", tally: _Tally
-) -> Numbered[Conversation]:
+def _encoder_for(first: Record, tokenizer: Path, options: BuildOptions) -> Encoder:
+    if isinstance(first, Document):
+        return TextEncoder(tokenizer, end_token=options.end_token)
+    if options.end_token is not None:
+        raise UsageError("--end-token is for plain text; a chat template ends the turns of conversations itself")
+    return ChatEncoder(tokenizer)
+
+
+def _records(rows: Iterable[Row], options: BuildOptions, rejects: "_Rejects", tally: _Tally) -> Numbered[Record]:
+    kind: type | None = None
     for row in rows:
         tally.rows += 1
         try:
-            value = parse_row(row, encoding=options.encoding)
-            found = conversation(value, merge_consecutive=options.merge_consecutive)
+            found = record(parse_row(row, encoding=options.encoding), merge_consecutive=options.merge_consecutive)
+            if kind not in (None, type(found)):
+                raise RowError("mixed", _mixed(found))
+            kind = type(found)
         except RowError as error:
             rejects.add(row, error)
             continue
@@ -102,12 +120,17 @@ def _conversations(
         yield row, found
 
 
+def _mixed(found: Record) -> str:
+    words = ("plain text", "conversations") if isinstance(found, Document) else ("a conversation", "plain texts")
+    return f"{words[0]} in a file of {words[1]}; a dataset holds one of them: build each from a file of its own"
+
+
 def _rendered(
-    conversations: Numbered[Conversation], encoder: ChatEncoder, rejects: "_Rejects", tally: _Tally
+    records: Iterable[tuple[Row, Record]], encoder: Encoder, rejects: "_Rejects", tally: _Tally
 ) -> Numbered[Rendered]:
-    for row, found in conversations:
+    for row, found in records:
         try:
-            rendered = encoder.render(found)
+            rendered = encoder.render(found)  # type: ignore[arg-type]  # _records keeps to the encoder's kind
         except RowError as error:
             rejects.add(row, error)
             continue
@@ -117,9 +140,9 @@ def _rendered(
 
 
 def _samples(
-    rendered: Numbered[Rendered], encoder: ChatEncoder, rejects: "_Rejects", chunk_rows: int
+    rendered: Numbered[Rendered], encoder: Encoder, rejects: "_Rejects", chunk_rows: int
 ) -> Iterator[list[Sample]]:
-    while chunk := list(islice(rendered, chunk_rows)):
+    for chunk in _chunks(rendered, chunk_rows):
         samples = []
         for (row, _), sample in zip(chunk, encoder.encode([text for _, text in chunk]), strict=True):
             if isinstance(sample, RowError):
@@ -127,6 +150,18 @@ def _samples(
             else:
                 samples.append(sample)
         yield samples
+
+
+def _chunks(rendered: Numbered[Rendered], chunk_rows: int) -> Iterator[list[tuple[Row, Rendered]]]:
+    chunk, characters = [], 0
+    for row, text in rendered:
+        chunk.append((row, text))
+        characters += len(text.text)
+        if len(chunk) == chunk_rows or characters >= CHARACTERS_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
 
 
 class _Rejects:
@@ -174,12 +209,11 @@ class _Rejects:
             )
 
 
-def _about(source: Path, encoder: ChatEncoder, rejects: _Rejects, tally: _Tally) -> dict[str, Any]:
+def _about(source: Path, encoder: Encoder, rejects: _Rejects, tally: _Tally) -> dict[str, Any]:
     folder = encoder.tokenizer.folder.resolve()
-    template = encoder.template.source
     return {
         "tokenizer": {"name": folder.name, "folder": str(folder), "fingerprint": tokenizer_fingerprint(folder)},
-        "chat_template": {"source": template.origin, "sha256": template.sha256},
+        **encoder.about(),
         "input": {
             "name": source.name,
             "kind": tally.read.kind,

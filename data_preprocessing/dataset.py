@@ -12,8 +12,8 @@
                                              int64 x (n + 1): 0, 1, ..., n (every row is a document)
     PREFIX_text_document.json   the manifest: versions, tokenizer, chat template, counts, checksums
 
-.bin and .idx are a standard Megatron indexed dataset. A row is one conversation, unpadded and unpacked. The
-manifest is renamed into place last: a set without it is not whole.
+.bin and .idx are a standard Megatron indexed dataset. A row is one conversation or one document, unpadded and
+unpacked. The manifest is renamed into place last: a set without it is not whole.
 """
 
 import array
@@ -23,7 +23,7 @@ import json
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -40,24 +40,31 @@ HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 INT32_CODE = 4
 ROWS_AT_ONCE = 1 << 20
+TOKENS_AT_ONCE = 1 << 26  # tokens that a scan holds in memory
+
+Kind = Literal["conversations", "text"]
 
 
 class Dataset(Protocol):
     """Rows of tokens with their loss masks.
 
-    `lengths` is an integer array [rows]; `manifest`, `max_token_id` and `tokenizer_fingerprint` are None
-    where nobody recorded them; `built_seq_len` is the row length that the data was cut to when it was
-    built, None when it was not.
+    `lengths` is an integer array [rows]; `manifest` and `tokenizer_fingerprint` are None where nobody recorded
+    them; `taken_for` says what a set without a manifest was recognised as; `built_seq_len` is the row length
+    that the data was cut to when it was built, None when it was not.
     """
 
     path: Path
 
     @property
+    def kind(self) -> Kind: ...
+    @property
+    def taken_for(self) -> str | None: ...
+    @property
     def manifest(self) -> dict[str, Any] | None: ...
     @property
     def lengths(self) -> np.ndarray: ...
     @property
-    def max_token_id(self) -> int | None: ...
+    def max_token_id(self) -> int: ...
     @property
     def tokenizer_fingerprint(self) -> str | None: ...
     @property
@@ -66,8 +73,11 @@ class Dataset(Protocol):
     def built_seq_len(self) -> int | None: ...
     def __len__(self) -> int: ...
 
+    def trained_targets(self) -> np.ndarray:
+        """Return how many tokens of each row are trained, int64 [rows], without its first: nothing predicts that."""
+
     def tokens(self, row: int) -> np.ndarray:
-        """Return the row's tokens, int32 [length]."""
+        """Return the row's tokens, integers [length]."""
 
     def mask(self, row: int) -> np.ndarray:
         """Return the row's loss mask, uint8 [length]: 1 where the token is a training target."""
@@ -84,9 +94,9 @@ def document_prefix(path: Path) -> Path:
 def open_dataset(path: Path | str) -> Dataset:
     """Open a dataset given as `P`, `P_text_document` or `P_text_document.bin`.
 
-    Sizes and headers are checked in constant time, contents are not (see `IndexedDataset.verify`). Without
-    a manifest the doubled `[tokens | labels]` layout is recognised and read as rows like any other. Raises
-    DataError for what is missing, damaged or of another kind.
+    Sizes and headers are checked in constant time, contents are not (see `IndexedDataset.verify`). Without a
+    manifest the doubled `[tokens | labels]` layout and plain tokens are told apart and read as rows like any
+    other. Raises DataError for what is missing, damaged or of another kind.
     """
     prefix = document_prefix(Path(path))
     index = Index(prefix)
@@ -94,13 +104,17 @@ def open_dataset(path: Path | str) -> Dataset:
         return IndexedDataset(prefix, index)
     if _sibling(prefix, ".mask").exists():
         raise DataError(f"{_sibling(prefix, '.json')} is missing, {prefix}.mask is there{_unfinished(prefix)}")
-    from .doubled import DoubledDataset  # imports this module
+    from .unlabelled import recognise  # imports this module
 
-    return DoubledDataset(prefix, index)
+    return recognise(prefix, index)
 
 
 class Index:
-    """The .idx file, checked against its .bin: `lengths` int32 [rows] and `tokens`, both mapped, not read."""
+    """The .idx file, checked against its .bin; everything is mapped, nothing read.
+
+    `lengths` int32 [rows] and `pointers` int64 [rows], in bytes, are those of the sequences; `bounds` int64 says
+    at which sequence each document begins, and where the last one ends.
+    """
 
     def __init__(self, prefix: Path) -> None:
         self.path, self.bin_path = _sibling(prefix, ".idx"), _sibling(prefix, ".bin")
@@ -117,6 +131,9 @@ class Index:
         if count:
             self.lengths = np.memmap(self.path, "<i4", "r", HEADER.size, (count,))
             self.pointers = np.memmap(self.path, "<i8", "r", HEADER.size + 4 * count, (count,))
+        self.bounds: np.ndarray = np.zeros(0, np.int64)
+        if bounds:
+            self.bounds = np.memmap(self.path, "<i8", "r", HEADER.size + 12 * count, (bounds,))
         self._check_bin_size()
 
     def _header(self) -> tuple[int, int, np.dtype]:
@@ -152,10 +169,12 @@ class IndexedDataset:
     """A dataset that this package wrote; see `Dataset`."""
 
     built_seq_len = None
+    taken_for = None
 
     def __init__(self, prefix: Path, index: Index) -> None:
         self.path = prefix
         self.manifest: dict[str, Any] = _read_manifest(_sibling(prefix, ".json"))
+        self.kind: Kind = self.manifest.get("kind", "conversations")
         self.lengths = index.lengths
         self._starts = index.pointers
         if index.dtype != np.dtype("<i4"):
@@ -184,6 +203,19 @@ class IndexedDataset:
     @property
     def num_trained_tokens(self) -> int:
         return self.manifest["counts"]["trained_tokens"]
+
+    def trained_targets(self) -> np.ndarray:
+        counts = np.zeros(len(self), np.int64)
+        starts = np.asarray(self._starts) // 4
+        first = 0
+        while first < len(self):
+            past = max(first + 1, int(np.searchsorted(starts, starts[first] + TOKENS_AT_ONCE)))
+            begin, end = int(starts[first]), int(starts[past]) if past < len(self) else len(self._mask)
+            mask = np.array(self._mask[begin:end])
+            mask[starts[first:past] - begin] = 0
+            counts[first:past] = np.add.reduceat(mask, starts[first:past] - begin, dtype=np.int64)
+            first = past
+        return counts
 
     def verify(self) -> None:
         """Read everything and compare it with the manifest's checksums; DataError when something differs."""

@@ -23,36 +23,38 @@ import numpy as np
 
 from toolkits.foundation.errors import DataError
 
-from .dataset import Index
+from .dataset import Index, Kind
 
 IGNORED = -100
 NUMBERS_AT_ONCE = 1 << 22  # integers that a scan holds in memory
-NUMBERS_TO_RECOGNISE = 1 << 16  # integers looked at when a dataset is opened, one document at least
 
 
 class _Scan(NamedTuple):
     """What one pass over documents finds.
 
-    For each row its place in the .bin in integers, its tokens there, and 1 where a label adds a token.
+    For each row its place in the .bin in integers, its tokens there, 1 where a label adds a token, and how many
+    labels it has.
     """
 
     starts: np.ndarray
     stored: np.ndarray
     cut: np.ndarray
+    trained: np.ndarray
     max_token_id: int
-    num_trained_tokens: int
 
 
 class DoubledDataset:
     """A dataset in the doubled layout; see `dataset.Dataset`. Every sub-sequence is a row."""
 
+    kind: Kind = "conversations"
     manifest = None
     tokenizer_fingerprint = None
 
     def __init__(self, prefix: Path, index: Index) -> None:
         self.path = prefix
         self._numbers = index.tokens()
-        self.built_seq_len = self._recognise(index)
+        self.built_seq_len = self._seq_len(index)
+        self.taken_for = f"the doubled [tokens | labels] layout of {self.built_seq_len} tokens a row"
 
     def __len__(self) -> int:
         return len(self._scan.starts)
@@ -67,7 +69,10 @@ class DoubledDataset:
 
     @property
     def num_trained_tokens(self) -> int:
-        return self._scan.num_trained_tokens
+        return int(self._scan.trained.sum())
+
+    def trained_targets(self) -> np.ndarray:
+        return self._scan.trained
 
     def tokens(self, row: int) -> np.ndarray:
         tokens, labels = self._halves(row)
@@ -86,20 +91,13 @@ class DoubledDataset:
         labels = self._numbers[start + self.built_seq_len : start + self.built_seq_len + stored]
         return np.array(tokens, np.int32), np.array(labels, np.int32)
 
-    def _recognise(self, index: Index) -> int:
-        """Return seq_len, from a constant number of documents; DataError when the layout is another."""
-        length = int(index.lengths[0]) if len(index.lengths) else 0
-        sample = np.array(self._numbers[: max(length, NUMBERS_TO_RECOGNISE)])
-        if sample.dtype.kind != "i" or not (sample < 0).any():
-            raise DataError(
-                f"{self.path}: no manifest, and no negative number in the first {len(sample)}: plain pre-training "
-                "tokens without a loss mask. Training on them is not built yet; `temper data build` makes a dataset "
-                "of conversations"
-            )
+    def _seq_len(self, index: Index) -> int:
+        """Return half the documents' common length; DataError when there is none."""
+        length = int(index.lengths[0])
         if length < 2 or length % 2 or (np.asarray(index.lengths) != length).any():
             raise DataError(
-                f"{self.path}: no manifest, and not the doubled [tokens | labels] layout either: its documents "
-                "would all have the same even length"
+                f"{self.path}: no manifest, and negative numbers as only the doubled [tokens | labels] layout has "
+                "them; but its documents would all have the same even length"
             )
         return length // 2
 
@@ -107,8 +105,9 @@ class DoubledDataset:
     def _scan(self) -> _Scan:
         """Return where the rows are, from one pass over the file, when the first of them is asked for."""
         blocks = [self._scan_block(first, tokens, labels) for first, tokens, labels in self._blocks()]
-        starts, stored, cut, greatest, trained = zip(*blocks, strict=True)
-        return _Scan(np.concatenate(starts), np.concatenate(stored), np.concatenate(cut), max(greatest), sum(trained))
+        *arrays, greatest = zip(*blocks, strict=True)
+        starts, stored, cut, trained = map(np.concatenate, arrays)
+        return _Scan(starts, stored, cut, trained, max(greatest))
 
     def _blocks(self) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         """Yield the number of the first document, and tokens and labels [documents, seq_len]."""
@@ -135,7 +134,9 @@ class DoubledDataset:
         begin[np.append(True, document[1:] != document[:-1])] = 0
         starts = (first + document) * (2 * self.built_seq_len) + begin
         cut = learned[document, last].astype(np.int64)
-        return _Scan(starts, last + 1 - begin, cut, int(np.maximum(ids, labels).max()), int(np.count_nonzero(learned)))
+        so_far = np.cumsum(learned, axis=1)
+        trained = so_far[document, last] - so_far[document, begin] + learned[document, begin]
+        return _Scan(starts, last + 1 - begin, cut, trained, int(np.maximum(ids, labels).max()))
 
 
 def _close_open_tails(ends: np.ndarray, learned: np.ndarray) -> None:

@@ -1,4 +1,8 @@
-"""Lengths -> rows: which samples share a row of fixed capacity. Pure arithmetic, no tokens needed."""
+"""Lengths -> rows: which samples share a row of fixed capacity. Pure arithmetic, no tokens needed.
+
+The rows come as two arrays: the samples in the order of the rows, and where each row begins among them and the
+last one ends, [rows + 1].
+"""
 
 from collections.abc import Sequence
 
@@ -7,28 +11,24 @@ import numpy as np
 from toolkits.foundation.errors import DataError
 
 
-def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]:
+def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Put samples of the given lengths into as few rows of `capacity` tokens as best-fit decreasing finds.
 
-    Each row is an int64 array of sample indices; together they hold every sample once. The result depends
-    on the arguments alone. Raises DataError when a sample is empty or longer than a row.
+    Together the rows hold every sample once. The result depends on the arguments alone. Raises DataError when
+    a sample is empty or longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
-    if not len(sizes):
-        return []
     order = np.argsort(-sizes, kind="stable")  # longest first; equals stay in the order they came in
     row_of = np.array(_best_fit(sizes[order].tolist(), capacity), dtype=np.int64)
-    by_row = order[np.argsort(row_of, kind="stable")]
-    ends = np.cumsum(np.bincount(row_of)).tolist()
-    return [by_row[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+    return order[np.argsort(row_of, kind="stable")], np.append(0, np.cumsum(np.bincount(row_of)))
 
 
-def one_per_row(lengths: Sequence[int] | np.ndarray, capacity: int) -> list[np.ndarray]:
+def one_per_row(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
     """Give every sample a row of its own, in order; the same errors as `pack`."""
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
-    return list(np.arange(len(sizes), dtype=np.int64).reshape(-1, 1))
+    return np.arange(len(sizes)), np.arange(len(sizes) + 1)
 
 
 def _best_fit(sizes: list[int], capacity: int) -> list[int]:

@@ -21,10 +21,11 @@ from jinja2.utils import Namespace
 
 from toolkits.foundation.errors import DataError
 
-from .records import Message, RowError
+from .flow import copies_contents
+from .masks import Span
+from .row_error import RowError
 from .tokenizer import read_json
-
-Span = tuple[int, int]  # characters [start, end) of a rendered text
+from .turns import Message
 
 # Halves of surrogate pairs cannot occur in a checked message, so they are free to stand for something else.
 _OPEN, _CLOSE = "\ud800", "\ud801"
@@ -83,25 +84,36 @@ def find_template(folder: Path, config: Mapping[str, Any]) -> TemplateSource:
 
 
 class ChatTemplate:
-    """A compiled template; `variables` are what it sees beside the messages (bos_token, ...)."""
+    """A compiled template; `variables` are what it sees beside the messages (bos_token, ...).
+
+    `copies_contents`: it does nothing with what messages say but to copy it.
+    """
 
     def __init__(self, source: TemplateSource, variables: Mapping[str, str]) -> None:
         self.source = source
         self._variables = dict(variables)
+        environment = _environment()
         try:
-            self._compiled = _environment().from_string(source.text)
+            self._compiled = environment.from_string(source.text)
+            self.copies_contents = copies_contents(environment.parse(source.text))
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template ({source.origin}) cannot be compiled: {error}") from None
 
-    def render(self, messages: Sequence[Message], *, add_generation_prompt: bool = False) -> tuple[str, list[Span]]:
+    def render(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = False,
+    ) -> tuple[str, list[Span]]:
         """Return the rendered text and the spans of it that the template marks as generated.
 
         Raises RowError `template` when the template refuses the messages.
         """
         try:
             marked = self._compiled.render(
-                messages=[{"role": message.role, "content": message.content} for message in messages],
-                tools=None,
+                messages=[message.for_template() for message in messages],
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._variables,

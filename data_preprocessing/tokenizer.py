@@ -1,12 +1,18 @@
-"""A HuggingFace tokenizer folder, loaded without transformers, and its fingerprint."""
+"""A HuggingFace tokenizer folder, read without transformers, and its fingerprint.
+
+The encoder itself is built when somebody asks for it: that takes a second, and the fast one (see encoders.py)
+does not need it.
+"""
 
 import hashlib
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orjson
 from tokenizers import AddedToken, Tokenizer
 
@@ -18,23 +24,39 @@ FILES_WITHOUT_JSON = ("tokenizer.model", "spiece.model", "vocab.json", "merges.t
 
 @dataclass(frozen=True)
 class LoadedTokenizer:
-    """An encoder with what surrounds it.
+    """A tokenizer and what surrounds it.
 
-    `named` holds the texts of bos_token and its like, `control` the texts of all special tokens, `config`
-    the content of tokenizer_config.json.
+    `named` holds the texts of bos_token and its like, `control` the texts of all special tokens, `config` the
+    content of tokenizer_config.json. `ids` gives the id of each added token, `byte_lengths` int32 [vocabulary]
+    how many bytes of text each token stands for, None where a token alone does not tell.
     """
 
     folder: Path
-    encoder: Tokenizer
     named: Mapping[str, str]
     control: tuple[str, ...]
     config: Mapping[str, Any]
+    ids: Mapping[str, int]
+    byte_lengths: np.ndarray | None
+    normalizes: bool  # to NFC, before anything else
+    fingerprint: str
+    as_json: str | None  # the tokenizer where tokenizer.json is not all of it
+
+    @cached_property
+    def encoder(self) -> Tokenizer:
+        """The tokenizer of the `tokenizers` library."""
+        if self.as_json is None:
+            encoder = _encoder_from_file(self.folder / "tokenizer.json")
+        else:
+            encoder = Tokenizer.from_str(self.as_json)
+        # A tokenizer.json remembers how it was last used; padding or cutting must not creep into a dataset.
+        encoder.no_truncation()
+        encoder.no_padding()
+        return encoder
 
     @property
     def control_ids(self) -> list[int]:
         """Return the ids of the control tokens."""
-        ids = map(self.encoder.token_to_id, self.control)
-        return [token for token in ids if token is not None]
+        return [self.ids[token] for token in self.control if token in self.ids]
 
 
 def load_tokenizer(folder: Path) -> LoadedTokenizer:
@@ -46,18 +68,67 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     if not folder.is_dir():
         raise DataError(f"{folder}: no such tokenizer folder; give the folder that holds tokenizer.json")
     config = read_json(folder / "tokenizer_config.json")
-    if (folder / "tokenizer.json").exists():
-        encoder = _encoder_from_file(folder / "tokenizer.json")
-    else:
-        encoder = _encoder_from_transformers(folder)
-    # A tokenizer.json remembers how it was last used; padding or cutting must not creep into a dataset.
-    encoder.no_truncation()
-    encoder.no_padding()
     named = _named_tokens(config, read_json(folder / "special_tokens_map.json"))
-    _add_missing_tokens(encoder, config, named)
-    control = {token.content for token in encoder.get_added_tokens_decoder().values() if token.special}
-    control |= set(named.values())
-    return LoadedTokenizer(folder, encoder, named, tuple(sorted(control)), config)
+    path, content, fingerprint, as_json = folder / "tokenizer.json", None, None, None
+    if path.exists():
+        content = read_json(path)
+        _require_tokenizer(path, content)
+        fingerprint = _fingerprint(content)
+    if content is None or _missing_tokens(content, config, named):
+        encoder = _encoder_from_transformers(folder) if content is None else _encoder_from_file(path)
+        _add_missing_tokens(encoder, config, named)
+        as_json = encoder.to_str()
+        content = orjson.loads(as_json)
+    control = {token["content"] for token in content["added_tokens"] if token["special"]} | set(named.values())
+    vocabulary = content["model"]["vocab"]
+    ids = {text: vocabulary[text] for text in control if isinstance(vocabulary, dict) and text in vocabulary}
+    ids |= {token["content"]: token["id"] for token in content["added_tokens"]}
+    return LoadedTokenizer(
+        folder=folder,
+        named=named,
+        control=tuple(sorted(control)),
+        config=config,
+        ids=ids,
+        byte_lengths=byte_lengths(content),
+        normalizes=bool(content.get("normalizer")),
+        fingerprint=fingerprint or tokenizer_fingerprint(folder),
+        as_json=as_json,
+    )
+
+
+def byte_lengths(content: Mapping[str, Any]) -> np.ndarray | None:
+    """Return how many bytes of text each token of a byte-level tokenizer.json stands for, None for another kind.
+
+    Such a tokenizer loses no byte: the lengths of a text's tokens add up to the text's, in UTF-8.
+    """
+    model, steps = content["model"], _flattened(content.get("pre_tokenizer"), "pretokenizers")
+    normalizers = _flattened(content.get("normalizer"), "normalizers")
+    odd = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+    if model.get("type") != "BPE" or any(model.get(key) for key in odd):
+        return None
+    if any(step["type"] != "NFC" for step in normalizers) or not steps:
+        return None
+    *splits, last = steps
+    if last["type"] != "ByteLevel" or last.get("add_prefix_space", True):
+        return None
+    if any(step["type"] not in ("Split", "Digits") or step.get("behavior") == "Removed" for step in splits):
+        return None
+    vocabulary, added = model["vocab"], content["added_tokens"]
+    ids = np.fromiter(vocabulary.values(), np.int64, len(vocabulary))
+    greatest = max([int(ids.max(initial=-1)), *(token["id"] for token in added)])
+    lengths = np.zeros(greatest + 1, np.int32)
+    lengths[ids] = np.fromiter(map(len, vocabulary), np.int32, len(vocabulary))  # a character for each byte
+    for token in added:
+        lengths[token["id"]] = len(token["content"].encode())
+    return lengths
+
+
+def _flattened(step: dict[str, Any] | None, inside: str) -> list[dict[str, Any]]:
+    if step is None:
+        return []
+    if step["type"] == "Sequence":
+        return [inner for part in step[inside] for inner in _flattened(part, inside)]
+    return [step]
 
 
 def tokenizer_fingerprint(folder: Path) -> str:
@@ -67,11 +138,9 @@ def tokenizer_fingerprint(folder: Path) -> str:
     fingerprinted by the bytes of its vocabulary files.
     """
     folder = Path(folder)
-    digest = hashlib.sha256()
     if (folder / "tokenizer.json").exists():
-        content = _canonical(read_json(folder / "tokenizer.json"))
-        digest.update(orjson.dumps(content, option=orjson.OPT_SORT_KEYS))
-        return digest.hexdigest()
+        return _fingerprint(read_json(folder / "tokenizer.json"))
+    digest = hashlib.sha256()
     found = [folder / name for name in FILES_WITHOUT_JSON if (folder / name).exists()]
     if not found:
         raise DataError(f"{folder}: no tokenizer here; looked for tokenizer.json, {', '.join(FILES_WITHOUT_JSON)}")
@@ -79,6 +148,10 @@ def tokenizer_fingerprint(folder: Path) -> str:
         digest.update(f"{path.name}\0{path.stat().st_size}\0".encode())
         digest.update(path.read_bytes())
     return digest.hexdigest()
+
+
+def _fingerprint(content: dict[str, Any]) -> str:
+    return hashlib.sha256(orjson.dumps(_canonical(content), option=orjson.OPT_SORT_KEYS)).hexdigest()
 
 
 def _canonical(content: dict[str, Any]) -> dict[str, Any]:
@@ -131,6 +204,12 @@ def _encoder_from_transformers(folder: Path) -> Tokenizer:
     return encoder
 
 
+def _require_tokenizer(path: Path, content: Mapping[str, Any]) -> None:
+    if not isinstance(content.get("model"), dict) or not isinstance(content.get("added_tokens"), list):
+        _encoder_from_file(path)  # says what is wrong
+        raise DataError(f"{path}: not a tokenizer; copy the file from the model again")
+
+
 def _named_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> dict[str, str]:
     named = {}
     for name in NAMED_TOKENS:
@@ -139,6 +218,12 @@ def _named_tokens(config: Mapping[str, Any], special_map: Mapping[str, Any]) -> 
         if token is not None:
             named[name] = token
     return named
+
+
+def _missing_tokens(content: Mapping[str, Any], config: Mapping[str, Any], named: Mapping[str, str]) -> set[str]:
+    listed = config.get("added_tokens_decoder") or {}
+    wanted = {token["content"] for token in listed.values()} | set(named.values())
+    return wanted - {token["content"] for token in content["added_tokens"]}
 
 
 def _add_missing_tokens(encoder: Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]) -> None:

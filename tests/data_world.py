@@ -1,10 +1,12 @@
-"""What the data tests share: a tiny real tokenizer, chat templates in our own words, conversations at random."""
+"""What the data tests share: a tiny real tokenizer, templates in our own words, conversations, older datasets."""
 
 import functools
 import json
 import random
+import struct
 from pathlib import Path
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -165,3 +167,31 @@ def fuzzed_rows(count, seed=0):
         turns = [text(index % 2) for index in range(2 * rng.randint(1, 3))]
         rows.append(talk(*turns, system=text(1) if rng.random() < 0.3 else None))
     return rows
+
+
+def write_index(prefix, documents, dtype="<i4"):
+    """Write a Megatron indexed dataset by its description: one sequence a document."""
+    codes = {"<i4": 4, "<i8": 5, "<u2": 8}
+    arrays = [np.array(document, dtype) for document in documents]
+    lengths = [len(array) for array in arrays]
+    pointers = np.cumsum([0, *lengths[:-1]]) * np.dtype(dtype).itemsize
+    prefix.with_name(prefix.name + ".bin").write_bytes(b"".join(array.tobytes() for array in arrays))
+    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, codes[dtype], len(lengths), len(lengths) + 1)
+    body = np.array(lengths, "<i4").tobytes() + pointers.astype("<i8").tobytes()
+    body += np.arange(len(lengths) + 1, dtype="<i8").tobytes()
+    prefix.with_name(prefix.name + ".idx").write_bytes(header + body)
+    return prefix
+
+
+def doubled(conversations, seq_len, pad=1):
+    """Write documents from the layout's description: `conversations` is a list of lists of (tokens, mask)."""
+    documents = []
+    for packed in conversations:
+        tokens, labels = [], []
+        for ids, mask in packed:
+            tokens += [*ids[:-1], -1 - ids[-1]]
+            labels += [token if keep else -100 for token, keep in zip(ids[1:], mask[1:], strict=True)] + [-100]
+        tokens += [pad] * (seq_len - len(tokens))
+        labels += [-100] * (seq_len - len(labels))
+        documents.append(tokens + labels)
+    return documents

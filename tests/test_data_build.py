@@ -301,6 +301,5 @@ def test_the_real_samples_build(tmp_path, language, rows):
 
 @pytest.mark.skipif(not SHARED.exists(), reason=NO_SHARED)
 def test_real_files_that_belong_to_later_issues_are_refused_by_name(tmp_path):
-    for name, said in (("dpo_en_demo.json", "preference pairs"), ("c4_demo.jsonl", "plain text rows")):
-        with pytest.raises(DataError, match=rf"{name}:\d+: {said} .* not built yet"):
-            build(SHARED / "samples" / name, tmp_path / "out", tokenizer=SHARED / "qwen2_tokenizer")
+    with pytest.raises(DataError, match=r"dpo_en_demo.json:\d+: preference pairs .* not built yet"):
+        build(SHARED / "samples" / "dpo_en_demo.json", tmp_path / "out", tokenizer=SHARED / "qwen2_tokenizer")

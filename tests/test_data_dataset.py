@@ -5,6 +5,7 @@ import struct
 
 import numpy as np
 import pytest
+from data_world import doubled, write_index
 
 from data_preprocessing.dataset import DatasetWriter, document_prefix, open_dataset
 from toolkits.foundation.errors import DataError
@@ -18,20 +19,6 @@ def write(folder, rows=ROWS, name="tiny"):
         for tokens, mask in rows:
             writer.add(np.array(tokens), np.array(mask))
         writer.finish({"tokenizer": {"name": "t", "folder": "/t", "fingerprint": "f" * 64}})
-    return prefix
-
-
-def write_index(prefix, documents, dtype="<i4"):
-    """Write a Megatron indexed dataset by its description: one sequence a document."""
-    codes = {"<i4": 4, "<i8": 5, "<u2": 8}
-    arrays = [np.array(document, dtype) for document in documents]
-    lengths = [len(array) for array in arrays]
-    pointers = np.cumsum([0, *lengths[:-1]]) * np.dtype(dtype).itemsize
-    prefix.with_name(prefix.name + ".bin").write_bytes(b"".join(array.tobytes() for array in arrays))
-    header = struct.pack("<9sQBQQ", b"MMIDIDX\0\0", 1, codes[dtype], len(lengths), len(lengths) + 1)
-    body = np.array(lengths, "<i4").tobytes() + pointers.astype("<i8").tobytes()
-    body += np.arange(len(lengths) + 1, dtype="<i8").tobytes()
-    prefix.with_name(prefix.name + ".idx").write_bytes(header + body)
     return prefix
 
 
@@ -166,20 +153,6 @@ def test_offsets_beyond_four_gigabytes_are_right(tmp_path):
 # -------------------------------------------------------------------------------------- the doubled layout
 
 
-def doubled(conversations, seq_len, pad=1):
-    """Write documents from the layout's description: `conversations` is a list of lists of (tokens, mask)."""
-    documents = []
-    for packed in conversations:
-        tokens, labels = [], []
-        for ids, mask in packed:
-            tokens += [*ids[:-1], -1 - ids[-1]]
-            labels += [token if keep else -100 for token, keep in zip(ids[1:], mask[1:], strict=True)] + [-100]
-        tokens += [pad] * (seq_len - len(tokens))
-        labels += [-100] * (seq_len - len(labels))
-        documents.append(tokens + labels)
-    return documents
-
-
 def test_the_doubled_example_is_one_row(tmp_path):
     tokens = [3, 4, 107, 108, 109, 2, 5, 130, 131, -3, *[1] * 6]
     labels = [*[-100] * 5, 5, 130, 131, 2, *[-100] * 7]
@@ -226,11 +199,94 @@ def test_labels_that_do_not_follow_the_tokens_are_refused(tmp_path):
         len(dataset)
 
 
-def test_other_datasets_without_a_manifest_are_refused_by_name(tmp_path):
-    for dtype in ("<i4", "<u2"):
-        plain = write_index(document_prefix(tmp_path / "plain"), [[1, 2, 3], [4, 5]], dtype)
-        with pytest.raises(DataError, match=r"plain pre-training tokens without a loss mask.*not built yet"):
-            open_dataset(plain)
+def test_negative_numbers_in_documents_of_any_length_are_refused(tmp_path):
     uneven = write_index(document_prefix(tmp_path / "uneven"), [[1, -2, 3, 4], [4, -5]])
-    with pytest.raises(DataError, match=r"not the doubled .* documents would all have the same even length"):
+    with pytest.raises(DataError, match=r"negative numbers as only the doubled .* would all have the same even length"):
         open_dataset(uneven)
+
+
+def test_the_trained_targets_of_each_row_are_counted(tmp_path, monkeypatch):
+    from data_preprocessing import dataset as module
+
+    rng = np.random.default_rng(1)
+    rows = [(rng.integers(0, 200, n).tolist(), rng.integers(0, 2, n).tolist()) for n in rng.integers(1, 12, 60)]
+    expected = [sum(mask[1:]) for _, mask in rows]
+    for at_once in (1, 10, 1 << 26):
+        monkeypatch.setattr(module, "TOKENS_AT_ONCE", at_once)
+        assert open_dataset(write(tmp_path, rows)).trained_targets().tolist() == expected
+    packed = [[(tokens, [0, *mask[1:]])] for tokens, mask in rows]
+    old = open_dataset(write_index(document_prefix(tmp_path / "old"), doubled(packed, 12)))
+    assert old.trained_targets().tolist() == expected and old.num_trained_tokens == sum(expected)
+    assert old.taken_for == "the doubled [tokens | labels] layout of 12 tokens a row" and old.kind == "conversations"
+
+
+# --------------------------------------------------------------------------------------------- plain tokens
+
+
+@pytest.mark.parametrize("dtype", ["<u2", "<i4", "<i8"])
+def test_plain_tokens_are_documents_of_which_every_token_is_trained(tmp_path, dtype):
+    dataset = open_dataset(write_index(document_prefix(tmp_path / "plain"), [[1, 2, 3, 9], [4, 9], [9]], dtype))
+    assert rows_of(dataset) == [([1, 2, 3, 9], [1, 1, 1, 1]), ([4, 9], [1, 1]), ([9], [1])]
+    assert (dataset.kind, dataset.max_token_id, dataset.num_trained_tokens) == ("text", 9, 7)
+    assert dataset.trained_targets().tolist() == [3, 1, 0]
+    assert dataset.taken_for == f"plain tokens of type {np.dtype(dtype)}, 3 documents, each ends with token 9"
+    assert (dataset.manifest, dataset.tokenizer_fingerprint, dataset.built_seq_len) == (None, None, None)
+
+
+def test_a_document_may_be_several_sequences(tmp_path):
+    builder = pytest.importorskip("megatron.core.datasets.indexed_dataset").IndexedDatasetBuilder
+    torch = pytest.importorskip("torch")
+    documents = [[[1, 2], [3]], [[4, 5, 6]], [], [[7], [8], [9]]]  # as megatron-core's own writer has them
+    prefix = document_prefix(tmp_path / "sentences")
+    writer = builder(f"{prefix}.bin", dtype=np.uint16)
+    for document in documents:
+        for sentence in document:
+            writer.add_item(torch.tensor(sentence))
+        writer.end_document()
+    writer.finalize(f"{prefix}.idx")
+    dataset = open_dataset(prefix)
+    assert [tokens for tokens, _ in rows_of(dataset)] == [[1, 2, 3], [4, 5, 6], [], [7, 8, 9]]
+    assert dataset.taken_for.endswith("4 documents, without a common end token")
+
+
+def test_what_could_be_either_kind_is_not_guessed(tmp_path):
+    both = write_index(document_prefix(tmp_path / "both"), [[10, 11, 12, 11, 12, 13], [20, 21, 22, 21, 22, 23]])
+    said = r"reads as \[tokens \| labels\] of 3 tokens as well as plain tokens; build it from its source"
+    with pytest.raises(DataError, match=said):
+        open_dataset(both)
+    one_differs = write_index(document_prefix(tmp_path / "one"), [[10, 11, 12, 11, 12, 13], [20, 21, 22, 21, 29, 23]])
+    assert open_dataset(one_differs).kind == "text"
+
+
+def test_what_is_no_token_is_found_with_its_document(tmp_path, monkeypatch, capsys):
+    from data_preprocessing import unlabelled as module
+
+    documents = [[1, 2, 3]] * 30_000 + [[4, -7]]  # behind what is looked at when it is opened
+    prefix = write_index(document_prefix(tmp_path / "plain"), documents)
+    monkeypatch.setattr(module, "TOKENS_AT_ONCE", 1000)
+    with pytest.raises(DataError, match=r"document 30000 holds -7, which is no token"):
+        _ = open_dataset(prefix).max_token_id
+    fine = open_dataset(write_index(document_prefix(tmp_path / "fine"), [*documents[:-1], [4, 7]]))
+    assert fine.max_token_id == 7 and f"reading the tokens of {fine.path}: 90,002 tokens" in capsys.readouterr().err
+    floats = tmp_path / "floats_text_document.idx"
+    floats.write_bytes(
+        file(prefix, ".idx").read_bytes().replace(b"\x01" + bytes(7) + b"\x04", b"\x01" + bytes(7) + b"\x07")
+    )
+    file(prefix, ".bin").rename(tmp_path / "floats_text_document.bin")
+    with pytest.raises(DataError, match="numbers of type float32: these are not tokens"):
+        open_dataset(tmp_path / "floats")
+
+
+def test_an_index_whose_sequences_do_not_follow_each_other_is_refused(tmp_path):
+    prefix = write_index(document_prefix(tmp_path / "plain"), [[1, 2], [3, 4], [5, 6]])
+    index = bytearray(file(prefix, ".idx").read_bytes())
+    pointers = 34 + 4 * 3
+    index[pointers + 8 : pointers + 16] = (0).to_bytes(8, "little")
+    file(prefix, ".idx").write_bytes(index)
+    with pytest.raises(DataError, match=r"sequences do not lie one behind the other in the \.bin"):
+        open_dataset(prefix)
+    index[pointers + 8 : pointers + 16] = (8).to_bytes(8, "little")
+    index[-8:] = (2).to_bytes(8, "little")
+    file(prefix, ".idx").write_bytes(index)
+    with pytest.raises(DataError, match="its documents are not stretches of its 3 sequences"):
+        open_dataset(prefix)

@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from data_preprocessing.records import Message, ReadReport, RowError, conversation, parse_row, read_rows
+from data_preprocessing.records import (
+    Document,
+    Message,
+    ReadReport,
+    RowError,
+    conversation,
+    parse_row,
+    read_rows,
+    record,
+)
 from toolkits.foundation.errors import DataError, UsageError
 
 ALPACA = {"instruction": "问", "output": "答"}
@@ -24,6 +33,15 @@ def said_of(path, **options):
 
 def turns(value, **options):
     return [(message.role, message.content) for message in conversation(value, **options).messages]
+
+
+def test_a_text_is_a_document_unless_the_row_is_a_conversation_too():
+    assert record({"text": "t\n", "url": "u"}) == Document("t\n")
+    assert record({**ALPACA, "text": "Below is an instruction ..."}) == conversation(ALPACA)
+    for text, reason in (("", "empty_text"), (" \n", "empty_text"), (None, "type"), ("a\0", "character")):
+        with pytest.raises(RowError) as caught:
+            record({"text": text})
+        assert caught.value.reason == reason
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.txt"])
@@ -142,8 +160,11 @@ def chat(*pairs):
     ("value", "reason", "said"),
     [
         ([1], "layout", "must be a JSON object, this one is a list"),
-        ({"prompt": "p"}, "layout", "expected one of the keys messages, conversations, instruction; found prompt"),
-        ({"text": "t"}, "layout", "plain text rows .* not built yet"),
+        (
+            {"prompt": "p"},
+            "layout",
+            "expected one of the keys messages, conversations, instruction, text; found prompt",
+        ),
         ({"conversations": [], "chosen": {}, "rejected": {}}, "layout", "preference pairs .* not built yet"),
         ({"instruction": "q"}, "type", "output is missing"),
         ({**ALPACA, "output": None}, "type", "output must be a string, it is null"),

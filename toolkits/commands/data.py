@@ -1,4 +1,4 @@
-"""`temper data`: build a dataset from conversations, and look at its rows."""
+"""`temper data`: build a dataset from conversations or plain text, and look at its rows."""
 
 from pathlib import Path
 from typing import Any
@@ -36,11 +36,13 @@ def data() -> None:
 @click.option("--max-bad", type=Fraction(), default="1%", show_default=True, help="Share of rows that skip may drop.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing dataset once the new one is complete.")
 @click.option("--encoding", default="utf-8", show_default=True, help="Encoding of the input, e.g. gb18030.")
+@click.option("--end-token", help="Token behind each plain text. Default: what the vocabulary ends documents with.")
 @click.option("--merge-consecutive", is_flag=True, help="Join neighbouring turns of one role instead of refusing them.")
 def build(source: Path, prefix: Path, tokenizer: Path, overwrite: bool, **reading: Any) -> None:
-    """Turn the conversations in IN into the dataset PREFIX.
+    """Turn the conversations or the plain texts in IN into the dataset PREFIX.
 
-    IN is a JSON list or JSONL of alpaca, messages or ShareGPT rows; its content says which.
+    IN is a JSON list or JSONL of alpaca, messages or ShareGPT rows, or of rows with a `text` for pre-training;
+    its content says which.
     """
     from data_preprocessing.build import BuildOptions
     from data_preprocessing.build import build as build_dataset
@@ -71,7 +73,7 @@ def report(manifest: dict[str, Any], prefix: Path) -> list[str]:
     trained = counts["trained_tokens"]
     lines = [
         f"read      {read['name']}: {read['kind']}, {read['rows']:,} rows, {_listed(read['layouts'])}",
-        f"template  {manifest['chat_template']['source']}",
+        _encoding(manifest),
         f"rows      {counts['rows']:,}, the longest has {counts['longest']:,} tokens",
         f"tokens    {counts['tokens']:,}, trained {trained:,} ({trained / counts['tokens']:.1%})",
     ]
@@ -84,6 +86,13 @@ def report(manifest: dict[str, Any], prefix: Path) -> list[str]:
     if manifest["dropped"]:
         lines.append(f"dropped   {_listed(manifest['dropped'])}; see {rejects_path(document_prefix(prefix))}")
     return [*lines, f"written   {document_prefix(prefix)}", f"next      temper data show {prefix} 0"]
+
+
+def _encoding(manifest: dict[str, Any]) -> str:
+    if manifest["kind"] == "conversations":
+        return f"template  {manifest['chat_template']['source']}"
+    end = manifest["end_token"]
+    return f"end       {end['text']} ({end['id']}) behind each text: {end['reason']}"
 
 
 def _listed(counts: dict[str, int]) -> str:

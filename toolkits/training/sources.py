@@ -1,19 +1,24 @@
 """What a run starts from: the model's config, tokenizer and weights, and the two datasets that fit it."""
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from conversion.hf_checkpoint import is_hf_directory, read_config
 from conversion.mcore_checkpoint import find_step, hf_folder, is_mcore_directory
-from conversion.plan import Plan, plan_for, untrainable_reasons
-from data_preprocessing.chat import tokenizer_fingerprint
+from conversion.plan import Plan, plan_for
+from conversion.settings import untrainable_reasons
 from data_preprocessing.dataset import Dataset, document_prefix, open_dataset
+from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import CheckpointError, DataError, UsageError, raise_all
-from .batches import Rows, Sample, fitting_samples, hold_out, make_rows
+from .blend import Mix, Part, parse_blend, whole_weights
 from .config import DataSettings, ModelSettings
+from .rows import Rows, Selection, make_rows, select
 
 
 @dataclass(frozen=True)
@@ -31,7 +36,7 @@ class ModelSource:
 
     @property
     def settings(self) -> Mapping[str, Any]:
-        """Fields of megatron-core's config; see `conversion.plan.mcore_settings`."""
+        """Fields of megatron-core's config; see `conversion.settings.mcore_settings`."""
         return self.plan.settings
 
 
@@ -47,9 +52,11 @@ class DataSource:
         """Raise DataError when the training rows do not fill one global batch."""
         rows = self.training
         if len(rows) < global_batch_size:
+            paths = ", ".join(str(part.dataset.path) for part in rows.parts)
             raise DataError(
-                f"{rows.dataset.path}: {len(rows)} rows of {rows.seq_len} tokens are fewer than one global batch of "
-                f"{global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, or MP_SFT_PACKING=false"
+                f"{paths}: {len(rows)} rows of {rows.parts[0].seq_len} tokens are fewer than one global batch of "
+                f"{global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, or for conversations "
+                "MP_SFT_PACKING=false"
             )
 
 
@@ -78,57 +85,107 @@ def _config_folder(path: Path) -> Path:
 
 
 def find_data(data: DataSettings, model: ModelSource) -> DataSource:
-    """Open the datasets, hold them against the model, and make rows; raise DataError when they do not fit."""
-    dataset = _open(data.data, model)
-    samples, remarks = fitting_samples(dataset, data)
-    remarks = _seq_len_remark(dataset, data) + remarks + _position_remark(dataset, samples, model)
-    if validates_on_training_data(data):
-        count = len(samples)
-        samples, held_out = hold_out(samples, seed=data.seed)
-        remarks.append(f"{dataset.path}: {len(held_out):,} of {count:,} conversations are held out to validate")
-        validation = make_rows(dataset, held_out, data)
-    else:
-        valid_set = _open(data.valid_data or data.data, model)
-        valid_samples, said = fitting_samples(valid_set, data)
+    """Open the datasets, hold them against the model, and make rows; raise DataError when they do not fit.
+
+    Of a set that both trains and validates a part is held out.
+    """
+    training = parse_blend(data.data)
+    validation = parse_blend(data.valid_data) if data.valid_data else training
+    _require_once(training)
+    _require_once(validation)
+    chosen, held_out, remarks = [], [], []
+    for part in training:
+        selection, said = _select(part, data, model)
         remarks += said
-        validation = make_rows(valid_set, valid_samples, data)
-    return DataSource(make_rows(dataset, samples, data), validation, remarks)
+        if any(same_set(part, other) for other in validation):
+            kept, out = selection.hold_out(seed=data.seed)
+            remarks.append(
+                f"{selection.dataset.path}: {len(out):,} of {len(selection):,} {data.rows} are held out to validate"
+            )
+            selection = kept
+            held_out.append(out)
+        chosen.append(selection)
+    for part in validation:
+        if not any(same_set(part, other) for other in training):
+            selection, said = _select(part, data, model)
+            remarks += said
+            held_out.append(selection)
+    return DataSource(_rows(chosen, data, whole_weights(training)), _rows(held_out, data, [1] * len(held_out)), remarks)
 
 
-def validates_on_training_data(data: DataSettings) -> bool:
-    """Whether both prefixes are the same dataset, however they are spelled: a part is held out then."""
-    if data.valid_data is None:
-        return True
-    files = [Path(f"{document_prefix(path)}.bin") for path in (data.data, data.valid_data)]
+def same_set(one: Part, other: Part) -> bool:
+    """Whether two parts are the same dataset, however their paths are spelled."""
+    files = [Path(f"{document_prefix(part.path)}.bin") for part in (one, other)]
     return files[0] == files[1] or (all(file.exists() for file in files) and files[0].samefile(files[1]))
 
 
-def _position_remark(dataset: Dataset, samples: list[Sample], model: ModelSource) -> list[str]:
-    limit, longest = model.settings["max_position_embeddings"], max(sample.length for sample in samples)
+def _require_once(parts: Sequence[Part]) -> None:
+    twice = [str(part.path) for at, part in enumerate(parts) if any(same_set(part, other) for other in parts[:at])]
+    raise_all(UsageError, "a blend names each dataset once", [f"{path} stands there again" for path in twice])
+
+
+def _select(part: Part, data: DataSettings, model: ModelSource) -> tuple[Selection, list[str]]:
+    dataset = open_dataset(part.path)
+    _require_kind(dataset, data)
+    _require_tokenizer(dataset, model)
+    _require_tokens(dataset, model)
+    selection, remarks = select(dataset, data)
+    return selection, _taken_remarks(dataset, data) + remarks + _position_remark(selection, data, model)
+
+
+def _rows(chosen: Sequence[Selection], data: DataSettings, weights: Sequence[int]) -> Rows:
+    return Rows(tuple(make_rows(selection, data) for selection in chosen), Mix(weights))
+
+
+def _require_kind(dataset: Dataset, data: DataSettings) -> None:
+    if dataset.kind == "text" and data.rows == "conversations":
+        raise DataError(
+            f"{dataset.path} holds plain text{_taken(dataset)}, and fine-tuning reads conversations; train on it with "
+            "SFT=false (`temper train pretrain`)"
+        )
+
+
+def _require_tokenizer(dataset: Dataset, model: ModelSource) -> None:
+    if dataset.tokenizer_fingerprint is None:
+        return
+    expected = tokenizer_fingerprint(model.hf_files)
+    if dataset.tokenizer_fingerprint != expected:
+        raise DataError(
+            f"{dataset.path} was built with another tokenizer ({dataset.tokenizer_fingerprint[:12]}) than "
+            f"{model.hf_files} has ({expected[:12]}); build it again with --tokenizer {model.hf_files}"
+        )
+
+
+def _require_tokens(dataset: Dataset, model: ModelSource) -> None:
+    """Raise DataError for a token without an embedding row; rank 0 looks: it may have to read the whole file."""
+    rows = model.settings["vocab_size"]
+    if os.environ.get("RANK", "0") != "0" or not len(dataset) or np.iinfo(dataset.tokens(0).dtype).max < rows:
+        return
+    if dataset.max_token_id >= rows:
+        row = next(row for row in range(len(dataset)) if dataset.tokens(row).max(initial=0) >= rows)
+        raise DataError(
+            f"{dataset.path}: row {row} has token id {dataset.tokens(row).max():,}, the embedding has {rows:,} rows; "
+            "it was built with another model's tokenizer"
+        )
+
+
+def _taken(dataset: Dataset) -> str:
+    return f" (no manifest; it was taken for {dataset.taken_for})" if dataset.taken_for else ""
+
+
+def _taken_remarks(dataset: Dataset, data: DataSettings) -> list[str]:
+    """Say what was taken for what: nobody should have to guess how a dataset was read."""
+    remarks = [f"no manifest; taken for {dataset.taken_for}"] if dataset.taken_for else []
+    if dataset.built_seq_len not in (None, data.seq_len):
+        remarks.append(f"it was packed to {dataset.built_seq_len} tokens a row; rows of {data.seq_len} are made anew")
+    if dataset.kind == "conversations" and data.rows == "documents":
+        remarks.append("it holds conversations: every token of them is trained, the prompts too")
+    return [f"{dataset.path}: {remark}" for remark in remarks]
+
+
+def _position_remark(selection: Selection, data: DataSettings, model: ModelSource) -> list[str]:
+    limit, longest = model.settings["max_position_embeddings"], min(data.seq_len, int(selection.lengths.max()))
     if longest <= limit:
         return []
-    return [f"{dataset.path}: the longest conversation has {longest:,} tokens, the model was made for {limit:,}"]
-
-
-def _open(path: Path, model: ModelSource) -> Dataset:
-    dataset = open_dataset(path)
-    rows = model.settings["vocab_size"]
-    if dataset.max_token_id is not None and dataset.max_token_id >= rows:
-        raise DataError(f"{dataset.path}: it has token id {dataset.max_token_id:,}, the embedding has {rows:,} rows")
-    if dataset.tokenizer_fingerprint is not None:
-        expected = tokenizer_fingerprint(model.hf_files)
-        if dataset.tokenizer_fingerprint != expected:
-            raise DataError(
-                f"{dataset.path} was built with another tokenizer ({dataset.tokenizer_fingerprint[:12]}) than "
-                f"{model.hf_files} has ({expected[:12]}); build it again with --tokenizer {model.hf_files}"
-            )
-    return dataset
-
-
-def _seq_len_remark(dataset: Dataset, data: DataSettings) -> list[str]:
-    built = dataset.built_seq_len
-    if built is None or built == data.seq_len:
-        return []
-    return [
-        f"{dataset.path}: it was packed to {built} tokens a row; its conversations are packed anew to {data.seq_len}"
-    ]
+    what = data.rows.removesuffix("s")
+    return [f"{selection.dataset.path}: the longest {what} has {longest:,} tokens, the model was made for {limit:,}"]

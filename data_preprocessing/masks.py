@@ -1,0 +1,82 @@
+"""Token ids and spans of characters -> the loss mask, for many rows at once.
+
+A byte-level vocabulary loses no byte of a text, so where a token lies follows from the lengths of those before it:
+one sum over the ids of a chunk, one search for the borders of the spans. A row for which the lengths do not add up
+to the text (Unicode that the tokenizer normalizes) is left to the tokenizer's own offsets, like all rows of other
+vocabularies.
+"""
+
+import unicodedata
+from collections.abc import Sequence
+
+import numpy as np
+from tokenizers import Encoding
+
+Span = tuple[int, int]  # characters [start, end) of a text
+
+
+def in_bytes(text: str, spans: Sequence[Span]) -> tuple[int, Sequence[Span]]:
+    """Return the length of `text` and its ascending `spans`, in UTF-8 bytes."""
+    if text.isascii():
+        return len(text), spans
+    found, at, place = [], 0, 0
+    for start, end in spans:
+        at += len(text[place:start].encode())
+        first = at
+        at += len(text[start:end].encode())
+        found.append((first, at))
+        place = end
+    return at + len(text[place:].encode()), found
+
+
+def unchanged_by_nfc(text: str) -> bool:
+    """Whether the normal form NFC of `text` is `text`."""
+    return text.isascii() or unicodedata.is_normalized("NFC", text)
+
+
+def flat_mask(
+    ids: np.ndarray, bounds: np.ndarray, lengths: np.ndarray, texts: Sequence[tuple[int, Sequence[Span]]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the mask, uint8 [tokens], of rows of `ids`, and for which rows it is true, bool [rows].
+
+    `lengths` are the bytes of each token of the vocabulary; `texts` holds what `in_bytes` says of each row. A token
+    is trained when a byte of it lies in a span.
+    """
+    ends = np.append(0, np.cumsum(lengths[ids], dtype=np.int64))
+    first_byte = ends[bounds]
+    adds_up = np.diff(first_byte) == np.fromiter((length for length, _ in texts), np.int64, len(texts))
+    counts = np.fromiter((len(spans) for _, spans in texts), np.int64, len(texts))
+    flat = np.fromiter((edge for _, spans in texts for span in spans for edge in span), np.int64, 2 * int(counts.sum()))
+    starts, stops = (flat.reshape(-1, 2) + np.repeat(first_byte[:-1], counts)[:, None]).T
+    first = np.searchsorted(ends[1:], starts, side="right")
+    past = np.maximum(np.searchsorted(ends[:-1], stops, side="left"), first)
+    changes = np.bincount(first, minlength=len(ids) + 1) - np.bincount(past, minlength=len(ids) + 1)
+    return (np.cumsum(changes[: len(ids)]) > 0).view(np.uint8), adds_up
+
+
+def offset_mask(encoding: Encoding, text: str, spans: Sequence[Span]) -> np.ndarray:
+    """Return the mask, uint8 [tokens], of one row by the offsets that the tokenizer itself gives."""
+    mask = np.zeros(len(encoding), np.uint8)
+    for start, end in spans:
+        first = _first_token(encoding, range(start, len(text)))
+        past = _first_token(encoding, range(end, len(text)))
+        # A token that begins inside the span is trained even when it ends outside.
+        if past < len(encoding) and _first_character(encoding, past) < end:
+            past += 1
+        mask[first:past] = 1
+    return mask
+
+
+def _first_token(encoding: Encoding, characters: range) -> int:
+    """Return the token that holds the first of `characters` that any token holds, else the number of tokens."""
+    for character in characters:
+        token = encoding.char_to_token(character)
+        if token is not None:
+            return token
+    return len(encoding)
+
+
+def _first_character(encoding: Encoding, token: int) -> int:
+    characters = encoding.token_to_chars(token)
+    assert characters is not None  # only tokens outside the text, which nobody asks for, have none
+    return characters[0]

@@ -1,0 +1,321 @@
+"""Files -> rows, still raw, each with the file and the line it starts on.
+
+What a file is, its content says, not its name: a JSON list, JSONL, Parquet, and any of them inside gzip or zstd.
+Only a CSV file is known by its name. A JSON list is read whole, everything else is streamed.
+"""
+
+import csv
+import glob
+import gzip
+import io
+import json
+import re
+import sys
+import zlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import orjson
+
+from toolkits.foundation.errors import DataError, MachineError, UsageError
+
+from .row_error import RowError
+
+STDIN = Path("-")
+UTF8_MARK = b"\xef\xbb\xbf"
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
+GZIP_MARK, ZSTD_MARK, PARQUET_MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
+SEPARATORS = {".csv": ",", ".tsv": "\t"}
+CLIP = 120  # characters of a bad line that an error shows
+ROWS_PER_LOOK = 256  # rows between two looks at how far a file is read
+
+_BLANK = re.compile(r"[ \t\r\n]*")
+
+
+class Row(NamedTuple):
+    """One record as it stands in its file.
+
+    `data` is the line's bytes (JSONL) or the value itself, `line` the number of the line it starts on (of the row,
+    in Parquet), `offset` that line's place in the file in bytes.
+    """
+
+    line: int
+    data: Any
+    offset: int = 0
+    source: Path = STDIN
+
+
+@dataclass
+class ReadReport:
+    """What a reader found out about its files: their kinds, harmless oddities by name, and how far it is."""
+
+    kinds: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+    bytes_read: int = 0  # of the files as they lie on disk
+
+    @property
+    def kind(self) -> str:
+        """The kinds of the files, each once."""
+        return ", ".join(dict.fromkeys(self.kinds)) or "empty"
+
+
+def find_inputs(sources: Sequence[Path | str]) -> list[Path]:
+    """Return the files that paths and patterns (`data/*.jsonl`) name, patterns in the order of their names.
+
+    `-` is stdin. Raises DataError for what is not there, UsageError when a file is named twice.
+    """
+    found: list[Path] = []
+    for source in map(str, sources):
+        path = Path(source)
+        if path == STDIN or path.is_file() or path.is_fifo():
+            found.append(path)
+            continue
+        matching = [Path(name) for name in sorted(glob.glob(source, recursive=True)) if Path(name).is_file()]
+        if not matching:
+            pattern = any(sign in source for sign in "*?[")
+            raise DataError(f"{source}: no file matches the pattern" if pattern else f"{source}: no such file")
+        found += matching
+    twice = [str(path) for path, count in Counter(found).items() if count > 1]
+    if twice:
+        raise UsageError(f"{', '.join(twice)}: named more than once")
+    return found
+
+
+def read_files(paths: Sequence[Path], report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Row]:
+    """Yield the rows of several files, one file behind the other; see `read_rows`."""
+    for path in paths:
+        yield from read_rows(path, report, encoding=encoding)
+
+
+def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Row]:
+    """Yield the rows of a file; `-` is stdin.
+
+    Raises DataError for a file that cannot be read any further, UsageError for an unknown encoding, MachineError
+    for one that takes a library which is missing.
+    """
+    try:
+        "".encode(encoding)
+    except LookupError:
+        raise UsageError(f"--encoding {encoding}: no such encoding; utf-8, gbk and gb18030 are common") from None
+    with _opened(path) as raw:
+        before, seekable = report.bytes_read, raw.seekable()
+        file, packing = _unpacked(path, raw)
+        try:
+            for number, row in enumerate(_rows(path, file, report, encoding, packing)):
+                if seekable and not number % ROWS_PER_LOOK:
+                    report.bytes_read = before + raw.tell()
+                yield row
+        except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
+            if not packing:
+                raise
+            raise DataError(f"{path}: the {packing} file is damaged or incomplete ({error}); copy it again") from None
+        if seekable:
+            report.bytes_read = before + raw.seek(0, io.SEEK_END)
+
+
+def _opened(path: Path) -> IO[bytes]:
+    return open(sys.stdin.fileno(), "rb", closefd=False) if path == STDIN else open(path, "rb")
+
+
+def _unpacked(path: Path, raw: Any) -> tuple[Any, str]:
+    """Return the file's content as a stream that can be peeked into, and what it was packed with."""
+    start = raw.peek(4)
+    if start.startswith(GZIP_MARK):
+        return gzip.GzipFile(fileobj=raw), "gzip"
+    if start.startswith(ZSTD_MARK):
+        return io.BufferedReader(_pyarrow(path).CompressedInputStream(raw, "zstd")), "zstd"
+    return raw, ""
+
+
+def _rows(path: Path, file: Any, report: ReadReport, encoding: str, packing: str) -> Iterator[Row]:
+    start = file.peek(8192)
+    if start.startswith(UTF16_MARKS):
+        raise DataError(f"{path}: the file is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
+    marked = start.startswith(UTF8_MARK)
+    if marked:
+        report.notes["byte order mark"] += 1
+        start = start[len(UTF8_MARK) :]
+        file.read(len(UTF8_MARK))
+    separator = SEPARATORS.get(Path(path.stem if packing else path.name).suffix)
+    kind = "JSON list" if start.lstrip()[:1] == b"[" else "JSONL"
+    if start.startswith(PARQUET_MARK):
+        kind, rows = "Parquet", _parquet_rows(path, file)
+    elif separator:
+        kind, rows = "CSV", _csv_rows(path, file, encoding, separator)
+    elif kind == "JSON list":
+        rows = _list_rows(path, file.read(), encoding)
+    else:
+        rows = _line_rows(path, file, report, behind=len(UTF8_MARK) * marked)
+    report.kinds.append(f"{kind} ({packing})" if packing else kind)
+    return rows
+
+
+def _line_rows(path: Path, file: IO[bytes], report: ReadReport, *, behind: int) -> Iterator[Row]:
+    # Bytes are counted, because a pipe cannot tell its place.
+    for number, line in enumerate(file, start=1):
+        offset, behind = behind, behind + len(line)
+        if line.endswith(b"\r\n"):
+            report.notes["CRLF lines"] += 1
+        if not line.strip():
+            report.notes["blank lines"] += 1
+            continue
+        yield Row(number, line, offset, path)
+
+
+def _csv_rows(path: Path, file: Any, encoding: str, separator: str) -> Iterator[Row]:
+    """A line of names, then rows; every value is text, and an empty one is left out."""
+    csv.field_size_limit(sys.maxsize)
+    reader = csv.reader(io.TextIOWrapper(file, encoding, newline=""), delimiter=separator, strict=True)
+    try:
+        names = next(reader, [])
+        if len(set(names)) != len(names):
+            raise DataError(f"{path}:1: a name stands twice in the line of column names: {', '.join(names)}")
+        line = reader.line_num + 1
+        for values in reader:
+            if len(values) != len(names):
+                said = f"{len(values)} values for {len(names)} columns"
+                raise DataError(f"{path}:{line}: {said}; quote values with a {separator!r} or a new line in them")
+            yield Row(line, {name: value for name, value in zip(names, values, strict=True) if value}, 0, path)
+            line = reader.line_num + 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: {_encoding_fault(error, error.object, encoding)}") from None
+    except csv.Error as error:
+        raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+
+
+def _parquet_rows(path: Path, file: Any) -> Iterator[Row]:
+    arrow = _pyarrow(path)
+    from pyarrow import parquet
+
+    try:
+        # Its end is read first, which a stream cannot do.
+        table = parquet.ParquetFile(file if file.seekable() else arrow.BufferReader(file.read()))
+        number = 0
+        for batch in table.iter_batches(batch_size=1024):
+            for value in batch.to_pylist():
+                number += 1
+                yield Row(number, {name: part for name, part in value.items() if part is not None}, 0, path)
+    except arrow.ArrowInvalid as error:
+        raise DataError(f"{path}: not a whole Parquet file ({error}); copy it again") from None
+
+
+def _pyarrow(path: Path) -> Any:
+    try:
+        import pyarrow
+    except ImportError:
+        raise MachineError(f"{path}: Parquet and zstd are read by pyarrow; pip install 'temper-mcore[data]'") from None
+    return pyarrow
+
+
+def _list_rows(path: Path, raw: bytes, encoding: str) -> Iterator[Row]:
+    try:
+        text = raw.decode(encoding)
+    except UnicodeDecodeError as error:
+        line = raw.count(b"\n", 0, error.start) + 1
+        raise DataError(f"{path}:{line}: {_encoding_fault(error, raw, encoding)}") from None
+    decoder = json.JSONDecoder()
+    line, counted = 1, 0
+    place = _skip_blanks(text, text.index("[") + 1)
+    while text[place : place + 1] != "]":
+        line, counted = line + text.count("\n", counted, place), place
+        try:
+            value, place = decoder.raw_decode(text, place)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(f"{path}:{line + _lines_into(error, line)}: {_list_fault(error)}") from None
+        yield Row(line, value, 0, path)
+        place = _skip_blanks(text, place)
+        if text[place : place + 1] == ",":
+            place = _skip_blanks(text, place + 1)
+        elif text[place : place + 1] != "]":
+            line += text.count("\n", counted, place)
+            raise DataError(f"{path}:{line}: {_unclosed(text, place)}")
+    if text[place + 1 :].strip():
+        raise DataError(f"{path}: something follows behind the closing ']' of the list")
+
+
+def _skip_blanks(text: str, place: int) -> int:
+    match = _BLANK.match(text, place)
+    assert match is not None  # the pattern accepts the empty string
+    return match.end()
+
+
+def _lines_into(error: Exception, line: int) -> int:
+    return error.lineno - line if isinstance(error, json.JSONDecodeError) else 0
+
+
+def _list_fault(error: Exception) -> str:
+    if not isinstance(error, json.JSONDecodeError):
+        return "nested too deeply"
+    at_end = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
+    hint = "the list is not closed: the file may be incomplete" if at_end else "a JSON list ends at its first fault"
+    return f"{_syntax_fault(error)}; {hint}"
+
+
+def _unclosed(text: str, place: int) -> str:
+    if place == len(text):
+        return "expected ',' or ']'; the list is not closed: the file may be incomplete"
+    return f"expected ',' or ']' behind an element, found {_clipped(text[place:])!r}"
+
+
+# ------------------------------------------------------------------------------------------------- rows
+
+
+def parse_row(row: Row, *, encoding: str = "utf-8") -> Any:
+    """Return the row's JSON value; RowError with reason `encoding` or `syntax` otherwise."""
+    if not isinstance(row.data, bytes):
+        return row.data
+    if encoding.lower() in ("utf-8", "utf8"):
+        try:
+            return orjson.loads(row.data)
+        except orjson.JSONDecodeError:
+            pass  # the slower parser says what is wrong, or accepts what is merely unusual
+    try:
+        text = row.data.decode(encoding)
+    except UnicodeDecodeError as error:
+        raise RowError("encoding", _encoding_fault(error, row.data, encoding, offset=row.offset)) from None
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise RowError("syntax", "nested too deeply") from None
+    except json.JSONDecodeError as error:
+        hint = "" if row.data.endswith(b"\n") else "; last line has no newline: file may be incomplete"
+        raise RowError("syntax", f"{_syntax_fault(error)}{hint}: {_clipped(text, error.pos)}") from None
+
+
+def _encoding_fault(error: UnicodeDecodeError, raw: bytes, encoding: str, *, offset: int = 0) -> str:
+    message = f"byte {raw[error.start]:#04x} at byte offset {offset + error.start} is not {encoding}"
+    for other in ("gb18030", "utf-8"):
+        try:
+            raw.decode(other)
+        except UnicodeDecodeError:
+            continue
+        return f"{message}; it reads as {other} (GBK is part of gb18030): try --encoding {other}"
+    return f"{message}; give the file's encoding with --encoding, or mend the file"
+
+
+def _syntax_fault(error: json.JSONDecodeError) -> str:
+    said = error.msg.replace("Expecting", "expected", 1)
+    if said == "expected ',' delimiter":
+        said = f"expected ',' or '{_open_bracket_end(error.doc[: error.pos])}'"
+    return f"{said} at column {error.colno}"
+
+
+def _open_bracket_end(text: str) -> str:
+    """Return the bracket that would close the innermost open one of `text`."""
+    expected = []
+    for token in re.findall(r'"(?:\\.|[^"\\])*"|[\[\]{}]', text):
+        if token in "[{":
+            expected.append("]" if token == "[" else "}")
+        elif token in "]}" and expected:
+            expected.pop()
+    return expected[-1] if expected else "}"
+
+
+def _clipped(text: str, place: int = 0) -> str:
+    """Return the part of `text` around `place`, a line of it at most."""
+    start = max(0, place - CLIP // 2)
+    clipped = text[start : start + CLIP].strip()
+    return "... " * (start > 0) + clipped + " ..." * (start + CLIP < len(text))

@@ -1,0 +1,120 @@
+"""Rendered rows -> tokens and loss masks, a chunk of rows in flat buffers."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .control_text import ControlText
+from .encoders import FlatEncoder
+from .masks import Span, flat_mask, in_bytes, offset_mask, unchanged_by_nfc
+from .row_error import RowError
+from .tokenizer import LoadedTokenizer
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A row as the model reads it.
+
+    `spans` are the trained characters, ascending; `num_control_tokens` counts the control tokens that `text` holds,
+    `num_control_texts` the texts in messages that only look like some: when there are any, `text` holds them hidden
+    (see control_text.py).
+    """
+
+    text: str
+    spans: tuple[Span, ...]
+    num_control_tokens: int
+    num_control_texts: int = 0
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Rows of a dataset, one behind the other: `tokens` int32 [n], `mask` uint8 [n], 1 where a token is trained.
+
+    `lengths` int64 [rows] is 0 for a row that went wrong; `errors` says what of which row.
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    errors: dict[int, RowError]
+
+
+class SampleEncoder:
+    """Makes samples of rendered rows; `may_be_untrained`: rows without a trained token are welcome."""
+
+    def __init__(
+        self, tokenizer: LoadedTokenizer, encoder: FlatEncoder, control: ControlText, *, may_be_untrained: bool = False
+    ) -> None:
+        self._lengths, self._normalizes = tokenizer.byte_lengths, tokenizer.normalizes
+        self._encoder, self._control, self._may_be_untrained = encoder, control, may_be_untrained
+        greatest = max([0, *tokenizer.control_ids]) if self._lengths is None else len(self._lengths) - 1
+        self._is_control = np.zeros(greatest + 1, np.int32)
+        self._is_control[tokenizer.control_ids] = 1
+
+    def encode(self, rows: Sequence[Rendered]) -> Samples:
+        """Return the rows' samples; an error is `control_text`, `all_masked` or `empty_row`."""
+        flat = [number for number, row in enumerate(rows) if self._is_flat(row)]
+        ids, bounds = self._encoder.encode([rows[number].text for number in flat])
+        mask, errors = np.zeros(0, np.uint8), {}
+        careful = set(range(len(rows))).difference(flat)
+        if flat:
+            assert self._lengths is not None  # or no row would be flat
+            mask, true = flat_mask(ids, bounds, self._lengths, [in_bytes(rows[n].text, rows[n].spans) for n in flat])
+            found = np.diff(np.append(0, np.cumsum(self._is_control[ids]))[bounds])
+            written = np.fromiter((rows[number].num_control_tokens for number in flat), np.int64, len(flat))
+            careful |= {flat[place] for place in np.flatnonzero(~true).tolist()}
+            errors = {flat[place]: _made_control_token() for place in np.flatnonzero(found > written).tolist()}
+        if careful:
+            ids, mask, bounds = self._merged(rows, dict(zip(flat, np.split(ids, bounds[1:-1]), strict=True)),
+                                             dict(zip(flat, np.split(mask, bounds[1:-1]), strict=True)), careful, errors)
+        return self._checked(ids, mask, np.diff(bounds), errors)
+
+    def _is_flat(self, row: Rendered) -> bool:
+        if self._lengths is None or row.num_control_texts:
+            return False
+        return not self._normalizes or unchanged_by_nfc(row.text)
+
+    def _merged(
+        self,
+        rows: Sequence[Rendered],
+        ids_of: dict[int, np.ndarray],
+        mask_of: dict[int, np.ndarray],
+        careful: set[int],
+        errors: dict[int, RowError],
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Encode the rows `careful` one by one and return ids, mask and bounds of all rows."""
+        for number, row in enumerate(rows):
+            if number not in careful:
+                continue
+            try:
+                encoding, ids_of[number] = self._control.encode(row.text, hidden=row.num_control_texts > 0)
+                mask_of[number] = offset_mask(encoding, row.text, row.spans)
+            except RowError as error:
+                errors[number] = error
+                ids_of[number], mask_of[number] = np.zeros(0, np.int32), np.zeros(0, np.uint8)
+        order = range(len(rows))
+        bounds = np.cumsum([0, *(len(ids_of[number]) for number in order)], dtype=np.int64)
+        ids = np.concatenate([ids_of[number] for number in order])
+        return ids, np.concatenate([mask_of[number] for number in order]), bounds
+
+    def _checked(
+        self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray, errors: dict[int, RowError]
+    ) -> Samples:
+        """Return the samples without the rows that went wrong."""
+        ends = np.cumsum(lengths)
+        trained = np.diff(np.append(0, np.cumsum(mask, dtype=np.int64))[np.append(0, ends)])
+        for number in np.flatnonzero(lengths == 0).tolist():
+            errors.setdefault(number, RowError("empty_row", "the rendered text has no token"))
+        for number in [] if self._may_be_untrained else np.flatnonzero(trained == 0).tolist():
+            errors.setdefault(number, RowError("all_masked", "no token of this row is trained"))
+        if errors:
+            kept = np.ones(len(lengths), bool)
+            kept[list(errors)] = False
+            of_kept = np.repeat(kept, lengths)
+            ids, mask, lengths = ids[of_kept], mask[of_kept], np.where(kept, lengths, 0)
+        return Samples(ids, mask, lengths, errors)
+
+
+def _made_control_token() -> RowError:
+    return RowError("control_text", "this tokenizer makes a control token of plain text in a message")

@@ -1,0 +1,239 @@
+"""From datasets on disk to rows of SEQ_LEN tokens: arrays of numbers, no tokens are read.
+
+    dataset -> the documents that are trained on, and how much of each -> rows
+
+A dataset's documents lie end to end in an order that the seed gives, and a row is a stretch of that: whole
+conversations for --rows conversations, SEQ_LEN tokens whatever they cut for --rows documents. Memory is a few
+numbers for each document.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from data_preprocessing.dataset import Dataset
+from data_preprocessing.packing import one_per_row, pack
+
+from ..foundation.errors import DataError
+from .blend import Mix
+from .config import DataSettings
+from .layout import Layout
+
+HELD_OUT = 0.01  # part of the training data that validates when there is no validation set
+MANY_EPOCHS = 4  # of the same documents: more teach little (Muennighoff et al., 2023, arXiv 2305.16264)
+
+
+class Segment(NamedTuple):
+    """`length` tokens of a document from `start` on; nothing of another document is ever seen beside them."""
+
+    document: int
+    start: int
+    length: int
+
+    @property
+    def stop(self) -> int:
+        """Where the stretch ends."""
+        return self.start + self.length
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Documents of a dataset, and how many tokens of each are used, both [documents]."""
+
+    dataset: Dataset
+    documents: np.ndarray
+    lengths: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.documents)
+
+    def hold_out(self, *, seed: int) -> tuple["Selection", "Selection"]:
+        """Hold out 1% of the documents, one at least; return (training, validation), each in order.
+
+        Raises DataError when there are fewer than two.
+        """
+        if len(self) < 2:
+            raise DataError(f"{self.dataset.path}: {len(self)} that fits is too few to hold one out for validation")
+        count = max(1, round(len(self) * HELD_OUT))
+        held_out = np.zeros(len(self), bool)
+        held_out[np.random.default_rng([seed, len(self)]).permutation(len(self))[:count]] = True
+        training, validation = (
+            Selection(self.dataset, self.documents[which], self.lengths[which]) for which in (~held_out, held_out)
+        )
+        return training, validation
+
+
+def select(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[str]]:
+    """Return what can be trained on, and a sentence for each thing left out.
+
+    Raises DataError when nothing is left, or when `too_long` is `stop` and a conversation is too long.
+    """
+    if settings.rows == "documents":
+        kept = np.flatnonzero(np.asarray(dataset.lengths) > 1)
+        if not len(kept):
+            raise DataError(f"{dataset.path}: no document has two tokens: there is nothing to predict")
+        short = len(dataset) - len(kept)
+        remarks = [f"{dataset.path}: {short:,} documents were left out: they have one token or none"] if short else []
+        return Selection(dataset, kept, np.asarray(dataset.lengths)[kept]), remarks
+    selection, remarks = _fitting(dataset, settings)
+    if not len(selection):
+        raise DataError(f"{dataset.path}: no conversation with a trained token fits --seq-len {settings.seq_len}")
+    return selection, remarks
+
+
+@dataclass(frozen=True)
+class SetRows:
+    """Rows of one dataset.
+
+    `documents` [n] lie end to end, `ends` int64 [n] says where each of them ends; `borders` int64 [rows + 1]
+    where each row begins, and where the last one ends. `every_token`: the dataset's loss mask is not asked.
+    """
+
+    dataset: Dataset
+    documents: np.ndarray
+    ends: np.ndarray
+    borders: np.ndarray
+    seq_len: int
+    every_token: bool = False
+
+    def __len__(self) -> int:
+        return len(self.borders) - 1
+
+    @property
+    def num_tokens(self) -> int:
+        """The tokens of all rows together."""
+        return int(self.borders[-1])
+
+    def segments(self, row: int) -> list[Segment]:
+        """Return the stretches of documents that a row consists of."""
+        begin, end = int(self.borders[row]), int(self.borders[row + 1])
+        first, last = np.searchsorted(self.ends, begin, side="right"), np.searchsorted(self.ends, end, side="left")
+        found = []
+        for index in range(int(first), int(last) + 1):
+            document_begin = int(self.ends[index - 1]) if index else 0
+            start, stop = max(begin, document_begin), min(end, int(self.ends[index]))
+            found.append(Segment(int(self.documents[index]), start - document_begin, stop - start))
+        return found
+
+    def longest_padded(self, multiple: int) -> int:
+        """Return the length of the longest row when each of its segments is padded to a multiple of `multiple`."""
+        ends = np.union1d(self.ends, self.borders[1:])
+        padded = -(-np.diff(ends, prepend=0) // multiple) * multiple
+        return int(np.add.reduceat(padded, np.searchsorted(ends, self.borders[:-1], side="right")).max())
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.documents):,} {'documents' if self.every_token else 'conversations'}, {self.num_tokens:,} "
+            f"tokens in {len(self):,} rows of {self.seq_len} ({self.num_tokens / (len(self) * self.seq_len):.1%} full)"
+        )
+
+
+def make_rows(selection: Selection, settings: DataSettings) -> SetRows:
+    """Return the rows of whole conversations, packed or one a row, or of documents cut every `seq_len` tokens."""
+    if settings.rows == "documents":
+        order = np.random.default_rng(settings.seed).permutation(len(selection))
+        ends = np.cumsum(selection.lengths[order], dtype=np.int64)
+        # The last row is what remains: it alone may be short.
+        borders = np.minimum(np.arange(-(-ends[-1] // settings.seq_len) + 1) * settings.seq_len, ends[-1])
+    else:
+        order, bounds = (pack if settings.packing else one_per_row)(selection.lengths, settings.seq_len)
+        ends = np.cumsum(selection.lengths[order], dtype=np.int64)
+        borders = np.append(0, ends)[bounds]
+    every_token = settings.rows == "documents"
+    return SetRows(selection.dataset, selection.documents[order], ends, borders, settings.seq_len, every_token)
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of all datasets of a run, numbered one set behind the other, and how training mixes the sets."""
+
+    parts: tuple[SetRows, ...]
+    mix: Mix
+
+    def __len__(self) -> int:
+        return sum(map(len, self.parts))
+
+    @cached_property
+    def first_rows(self) -> np.ndarray:
+        """The number of each part's first row, int64 [parts]."""
+        return np.cumsum([0, *map(len, self.parts[:-1])])
+
+    def segments(self, number: int) -> tuple[SetRows, list[Segment]]:
+        """Return the part that holds row `number`, and the stretches of its documents that the row consists of."""
+        part = int(np.searchsorted(self.first_rows, number, side="right")) - 1
+        return self.parts[part], self.parts[part].segments(number - int(self.first_rows[part]))
+
+    def tokens_in(self, numbers: Iterable[int]) -> int:
+        """Return how many tokens the rows `numbers` have, without padding."""
+        return sum(segment.length for number in numbers for segment in self.segments(number)[1])
+
+    def dump(self, numbers: Iterable[int]) -> list[dict[str, Any]]:
+        """Describe the rows `numbers` for somebody who looks for what is wrong with them."""
+        found = []
+        for number in numbers:
+            part, segments = self.segments(number)
+            said = []
+            for segment in segments:
+                tokens = part.dataset.tokens(segment.document)[segment.start : segment.stop]
+                said.append({**segment._asdict(), "tokens": tokens.tolist()})
+            found.append({"row": number, "dataset": str(part.dataset.path), "segments": said})
+        return found
+
+    def physical_length(self, layout: Layout) -> int:
+        """Return the tokens that a row takes in memory: the same for all rows, and what `layout` can divide."""
+        longest = max(part.seq_len for part in self.parts)
+        if layout.segment_multiple > 1:
+            longest = max(longest, *(part.longest_padded(layout.segment_multiple) for part in self.parts))
+        return layout.padded(longest)
+
+    def report(self, *, rows_of_run: int) -> list[str]:
+        """Return a line for each dataset: what it holds, and how often a run of `rows_of_run` rows reads it."""
+        lines = []
+        for part, given in zip(self.parts, self.mix.given(rows_of_run), strict=True):
+            epochs = given / len(part)
+            line = f"{part.dataset.path}: {part}: {epochs:.1f} epochs in this run"
+            if epochs > MANY_EPOCHS and (part.every_token or len(self.parts) > 1):
+                line += f"; beyond {MANY_EPOCHS} of the same data, an epoch teaches little"
+            lines.append(line)
+        return lines
+
+
+def _fitting(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[str]]:
+    """Return the conversations with a trained token, cut behind the last whole answer within `seq_len`."""
+    limit, lengths, targets = settings.seq_len, np.array(dataset.lengths), dataset.trained_targets()
+    long = np.flatnonzero(lengths > limit)
+    if settings.too_long == "stop" and len(long):
+        worst = int(lengths.argmax())
+        raise DataError(
+            f"{dataset.path}: {len(long):,} of {len(lengths):,} conversations are longer than --seq-len "
+            f"{limit}, the longest {lengths.max():,} tokens (row {worst}); raise SEQ_LEN, or cut them "
+            "with --too-long truncate, or leave them out with --too-long drop"
+        )
+    for index in long.tolist():
+        mask = dataset.mask(index)
+        lengths[index] = _last_turn_end(mask, limit) if settings.too_long == "truncate" else 0
+        targets[index] = np.count_nonzero(mask[1 : lengths[index]])
+    dropped, untrained = lengths == 0, (lengths > 0) & (targets == 0)
+    kept = np.flatnonzero(~dropped & ~untrained)
+    counts = len(long) - int(dropped.sum()), int(dropped.sum()), int(untrained.sum())
+    return Selection(dataset, kept, lengths[kept]), _remarks(dataset, *counts, limit)
+
+
+def _last_turn_end(mask: np.ndarray, limit: int) -> int:
+    """Return where the last trained turn ends that is whole within `limit` tokens; 0 when none is."""
+    ends = np.flatnonzero(np.diff(mask[: limit + 1].astype(np.int8)) == -1) + 1
+    return int(ends[-1]) if len(ends) else 0
+
+
+def _remarks(dataset: Dataset, cut: int, dropped: int, untrained: int, seq_len: int) -> list[str]:
+    remarks = []
+    if cut:
+        remarks.append(f"{cut:,} conversations over {seq_len} tokens were cut behind their last whole answer that fits")
+    if dropped:
+        remarks.append(f"{dropped:,} conversations were left out: over {seq_len} tokens, and no whole answer fits")
+    if untrained:
+        remarks.append(f"{untrained:,} conversations were left out: no token of them is trained on")
+    return [f"{dataset.path}: {remark}" for remark in remarks]
