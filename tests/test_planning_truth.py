@@ -9,108 +9,179 @@ import os
 import subprocess
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from conversion_models import EXPERTS
 from training_world import ROOT, TINY, free_ports
 
 from conversion.plan import plan_for
-from toolkits.planning import activations
+from toolkits.planning import activations, states
+from toolkits.planning.layer import micro_batch
 from toolkits.planning.memory import run_memory
+from toolkits.planning.states import ELEMENT
 from toolkits.planning.weights import Tuning, sizes_of
 from toolkits.training.config import TrainConfig
 from toolkits.training.layout import layout_of
 
 RANKS = 4
-SEQ_LEN, ROWS = 31, 2  # odd: TP=2 rounds a row up
+SEQ_LEN, ROWS = 31, 2  # odd: TP=2 and CP=2 round a row up
+FIRST_SEQUENCE = 12  # tokens: CP=2 cuts it into four pieces
 # Odd: TP=2 pads it. Large: with the tied embedding in a bucket of its own, DP ranks share the padding differently.
 VOCABULARY = 1021
 HF = TINY | {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "vocab_size": VOCABULARY}
 
-# (TP, PP, DP, precision, distributed optimizer, tied).
+
+@dataclass(frozen=True)
+class Case:
+    """A model with experts or the dense one, a layout and settings; `bucket` replaces what ends a bucket, elements."""
+
+    model: str = ""
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    data: int = 1
+    expert: int = 1
+    expert_tensor: int = 0
+    precision: str = "bf16"
+    distributed: bool = True
+    tied: bool = False
+    first: int = 0
+    virtual: int = 0
+    bucket: int = 0
+    sequence: bool = True
+    qk_norm: bool = False  # of the dense model
+    recompute: str = "none"
+
+    def __str__(self):
+        said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        differs = [f"{name} {value}" for name, value in said.items() if value != getattr(Case, name)]
+        return ", ".join(differs) or "plain"
+
+    @property
+    def world(self):
+        return self.tensor * self.pipeline * self.context * self.data
+
+    @property
+    def config(self):
+        return TrainConfig.from_values(
+            {
+                "checkpoint": "none",
+                "data": Path("data"),
+                "output": Path("out"),
+                "seq_len": SEQ_LEN,
+                "micro_batch_size": ROWS,
+                "global_batch_size": 8,
+                "precision": self.precision,
+                "tensor_parallel": self.tensor,
+                "pipeline_parallel": self.pipeline,
+                "context_parallel": self.context,
+                "expert_parallel": self.expert,
+                "expert_tensor_parallel": self.expert_tensor,
+                "first_stage_layers": self.first,
+                "virtual_stage_layers": self.virtual,
+                "sequence_parallel": self.sequence,
+                "distributed_optimizer": self.distributed,
+                "recompute": self.recompute,
+            }
+        )
+
+    @property
+    def plan(self):
+        return plan_for((EXPERTS[self.model] if self.model else HF) | {"tie_word_embeddings": self.tied})
+
+    @property
+    def settings(self):
+        return {**self.plan.settings, **({} if self.model else {"qk_layernorm": self.qk_norm})}
+
+    @property
+    def layout(self):
+        return layout_of(self.config, self.plan.settings, self.world)
+
+
 STATES = [
-    (1, 1, 1, "bf16", True, False),
-    (1, 1, 1, "fp32", False, True),
-    (2, 1, 1, "bf16", True, True),
-    (2, 1, 1, "fp32", False, False),
-    (1, 2, 1, "bf16", True, True),
-    (1, 2, 1, "bf16", False, False),
-    (1, 1, 2, "bf16", True, False),
-    (1, 1, 2, "bf16", False, True),
-    (1, 1, 2, "fp32", True, True),
-    (2, 2, 1, "bf16", True, False),
-    (1, 2, 2, "bf16", True, True),
-    (2, 1, 2, "fp32", True, True),
+    Case(),
+    Case(precision="fp32", distributed=False, tied=True),
+    Case(tensor=2, tied=True),
+    Case(tensor=2, precision="fp32", distributed=False),
+    Case(pipeline=2, tied=True),
+    Case(pipeline=2, distributed=False, first=1),
+    Case(data=2),
+    Case(data=2, distributed=False, tied=True),
+    Case(data=2, precision="fp32", tied=True),
+    Case(tensor=2, pipeline=2),
+    Case(pipeline=2, data=2, tied=True),
+    Case(tensor=2, data=2, precision="fp32", tied=True),
+    Case(context=2, tied=True),
+    Case(context=2, data=2),
+    Case(pipeline=2, virtual=1, tied=True),
+    Case(pipeline=2, virtual=1, data=2, bucket=5000, tied=True),
+    Case(data=2, bucket=5000),
+    Case(context=2, bucket=5000, distributed=False),
+    *(Case(name) for name in EXPERTS),
+    *(Case(name, tensor=2, data=2) for name in EXPERTS),
+    *(Case(name, expert=2, data=2) for name in EXPERTS),
+    Case("qwen2-moe", expert=2, data=4),
+    Case("qwen2-moe", expert=2, data=4, distributed=False),
+    Case("qwen2-moe", tensor=2, expert=2, data=2, precision="fp32"),
+    Case("qwen2-moe", tensor=2, expert=2, expert_tensor=1, data=2, bucket=5000),
+    Case("qwen2-moe-every-other", expert=2, data=2, pipeline=2, tied=True),
+    Case("deepseek-v3", pipeline=2, data=2, expert=2),
 ]
-# (TP, sequence parallel, precision, norms on queries and keys, recompute)
 ACTIVATIONS = [
-    (1, False, "bf16", True, "none"),
-    (1, False, "fp32", False, "none"),
-    (1, False, "bf16", False, "full"),
-    (1, False, "bf16", False, "selective"),
-    (2, True, "bf16", False, "none"),
-    (2, False, "bf16", False, "none"),
+    Case(qk_norm=True),
+    Case(precision="fp32"),
+    Case(recompute="full"),
+    Case(recompute="selective"),
+    Case(tensor=2),
+    Case(tensor=2, sequence=False),
+    Case(context=2),
+    Case(context=2, tensor=2),
+    Case(context=2, recompute="selective"),
+    Case(context=2, recompute="full"),
 ]
-
-
-def config_of(case):
-    tensor, pipeline, _, precision, distributed, _ = case["states"]
-    return TrainConfig.from_values(
-        {
-            "checkpoint": "none",
-            "data": Path("data"),
-            "output": Path("out"),
-            "seq_len": SEQ_LEN,
-            "micro_batch_size": ROWS,
-            "global_batch_size": 8,
-            "precision": precision,
-            "tensor_parallel": tensor,
-            "pipeline_parallel": pipeline,
-            "sequence_parallel": case.get("sequence", True),
-            "distributed_optimizer": distributed,
-            "recompute": case.get("recompute", "none"),
-        }
-    )
-
-
-def activation_case(shape):
-    tensor, sequence, precision, _, recompute = shape
-    return {"states": (tensor, 1, 1, precision, True, False), "sequence": sequence, "recompute": recompute}
-
-
-def plan_and_layout(case):
-    tensor, pipeline, data, *_, tied = case["states"]
-    plan = plan_for(HF | {"tie_word_embeddings": tied})
-    return plan, layout_of(config_of(case), plan.settings, tensor * pipeline * data)
+# As on a GPU, pointwise operations compiled; on one rank.
+FUSED = [
+    Case(qk_norm=True),
+    Case(precision="fp32"),
+    Case(recompute="full"),
+    Case(recompute="selective"),
+]
 
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """What every rank of every case allocated: {case name: [figures of rank 0, rank 1, ...]}."""
-    folder = tmp_path_factory.mktemp("planning")
-    cases = [{"name": str(case), "states": case} for case in STATES]
-    for case in ACTIVATIONS:
-        cases.append({"name": str(case), **activation_case(case), "qk_norm": case[3]})
-    for case, port in zip(cases, free_ports(len(cases)), strict=True):
-        case["port"] = port
-    (folder / "cases.json").write_text(json.dumps(cases))
+    """What every rank of every case allocated: {kind and case: [figures of rank 0, rank 1, ...]}."""
+    return run_kinds(tmp_path_factory.mktemp("planning"), ["states", "activations"], ranks=RANKS)
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """The same of compiled operations."""
+    return run_kinds(tmp_path_factory.mktemp("compiled"), ["fused"], ranks=1)
+
+
+def run_kinds(folder, kinds, *, ranks):
+    cases = [{"kind": kind, **dataclasses.asdict(case)} for kind in kinds for case in MEASURE[kind][1]]
+    (folder / "cases.json").write_text(json.dumps(list(zip(cases, free_ports(len(cases)), strict=True))))
     folders = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     env = os.environ | {"MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1", "PYTHONPATH": folders}
     command = [sys.executable, "-W", "ignore", __file__, str(folder / "cases.json")]
-    ranks = []
-    for rank in range(RANKS):
+    processes = []
+    for rank in range(ranks):
         with open(folder / f"{rank}.log", "wb") as log:
             environment = env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-            ranks.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
+            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = wait(ranks)
+        codes = wait(processes)
     finally:
-        for process in ranks:
+        for process in processes:
             process.kill()
             process.wait()
-    assert codes == [0] * RANKS, "\n".join((folder / f"{rank}.log").read_text() for rank in range(RANKS))
-    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(RANKS)]
-    return {case["name"]: [each[case["name"]] for each in said if case["name"] in each] for case in cases}
+    assert codes == [0] * ranks, "\n".join((folder / f"{rank}.log").read_text() for rank in range(ranks))
+    said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
+    return {name: [each[name] for each in said if name in each] for name in said[0]}
 
 
 def wait(ranks):
@@ -123,93 +194,155 @@ def wait(ranks):
     return [rank.poll() for rank in ranks]
 
 
-@pytest.mark.parametrize("shape", STATES, ids=str)
-def test_states_are_what_megatron_allocates(measured, shape):
-    tensor, pipeline, data, *_ = shape
-    case = {"states": shape}
-    plan, layout = plan_and_layout(case)
-    planned = run_memory(plan, config_of(case), layout, Tuning(), every_replica=True)
-    of = {(rank.stage, rank.replica): rank.states for rank in planned}
-    ranks = measured[str(shape)]
-    assert len(ranks) == tensor * pipeline * data
+@pytest.mark.parametrize("case", STATES, ids=str)
+def test_states_are_what_megatron_allocates(measured, case, monkeypatch):
+    if case.bucket:
+        monkeypatch.setattr(states, "GRADIENT_BUCKET", case.bucket)
+    planned = run_memory(case.plan, case.config, case.layout, Tuning(), every_rank=True)
+    ranks = measured[f"states {case}"]
+    assert len(ranks) == len(planned) == case.world
     for rank, real in enumerate(ranks):
-        states = of[rank // (tensor * data), rank // tensor % data]
+        held = planned[rank].states
         expected = {
-            "parameters": states.parameters,
-            "gradients": states.gradients,
-            "masters": states.masters,
-            "exp_avg": states.moments // 2,
-            "exp_avg_sq": states.moments // 2,
+            "parameters": held.parameters,
+            "gradients": held.gradients,
+            "masters": held.masters,
+            "exp_avg": held.moments // 2,
+            "exp_avg_sq": held.moments // 2,
         }
         assert real == expected, f"rank {rank}"
 
 
-@pytest.mark.parametrize("shape", ACTIVATIONS, ids=str)
-def test_activations_are_what_autograd_saves(measured, shape):
-    case = activation_case(shape)
-    plan, layout = plan_and_layout(case)
-    sizes = dataclasses.replace(sizes_of(plan), qk_norm=shape[3])
-    batch = activations.micro_batch(config_of(case), layout)
-    kept = activations.stage_bytes(sizes, batch, layout, Tuning(), stage=0)
+@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
+def test_activations_are_what_autograd_saves(measured, case):
+    for rank, real in enumerate(measured[f"activations {case}"]):
+        masks = mask_elements(case, rank // case.tensor) if case.recompute == "none" else 0
+        assert real == kept_after_forward(case, fused=False) + masks * ELEMENT[case.precision], f"rank {rank}"
+
+
+@pytest.mark.parametrize("case", FUSED, ids=str)
+def test_activations_are_what_compiled_operations_save(compiled, case):
+    assert compiled[f"fused {case}"] == [kept_after_forward(case, fused=True)]
+
+
+def kept_after_forward(case, *, fused):
+    sizes = dataclasses.replace(sizes_of(case.plan), **({} if case.model else {"qk_norm": case.qk_norm}))
+    batch = micro_batch(case.config, case.layout, fused=fused)
+    kept = activations.stage_bytes(sizes, batch, Tuning(), stage=0)
     if batch.recompute == "full":  # that is there in the backward pass only
-        kept -= activations.layer_bytes(sizes, batch)
-    for real in measured[str(shape)]:
-        assert real == kept + activations.loss_bytes(sizes, batch)
+        kept -= activations.largest_layer_bytes(sizes, batch, Tuning(), stage=0)
+    return kept + activations.loss_bytes(sizes, batch)
+
+
+def mask_elements(case, rank):
+    """A CPU's kernel keeps a mask, in every layer, of pieces that have more keys than queries; a GPU's has none."""
+    found, row, own = 0, case.layout.padded(SEQ_LEN), (rank, 2 * case.context - 1 - rank)
+    for length in (FIRST_SEQUENCE, row - FIRST_SEQUENCE, row) if case.context > 1 else ():
+        piece = length // (2 * case.context)
+        found += sum(piece * (number + 1) * piece for number in own if number)
+    return HF["num_hidden_layers"] * found
+
+
+@pytest.mark.parametrize(("pipeline", "virtual"), [(2, 0), (4, 0), (2, 2), (2, 1), (4, 1)])
+@pytest.mark.parametrize("rows", [8, 32])
+def test_micro_batches_in_flight_are_those_of_the_schedule(pipeline, virtual, rows):
+    from types import SimpleNamespace as Stub
+
+    from megatron.core.pipeline_parallel.schedules import get_pp_rank_microbatches
+
+    plan = plan_for(HF | {"num_hidden_layers": 8, "tie_word_embeddings": False})
+    values = {"pipeline_parallel": pipeline, "virtual_stage_layers": virtual, "global_batch_size": rows}
+    layout = layout_of(TrainConfig.from_values(Case().config.values() | values), plan.settings, pipeline)
+    for stage in range(pipeline):
+        group = Stub(size=lambda: pipeline, rank=lambda stage=stage: stage)
+        of = Stub(pp_group=group, virtual_pipeline_model_parallel_size=layout.chunks if virtual else None)
+        total, _, before, _ = get_pp_rank_microbatches(
+            layout.micro_batches, layout.chunks, pipeline, p2p_communicator=of
+        )
+        assert sum(activations.in_flight(layout, stage=stage)) == min(before + 1, total)
 
 
 def rank_main(cases):
     from toolkits.training.parallel.world import process_groups
 
     rank, figures = int(os.environ["RANK"]), {}
-    for case in json.loads(cases.read_text()):
-        tensor, pipeline, data, *_ = case["states"]
-        if rank >= tensor * pipeline * data:
-            continue
-        os.environ |= {"WORLD_SIZE": str(tensor * pipeline * data), "MASTER_PORT": str(case["port"])}
-        plan, layout = plan_and_layout(case)
-        with process_groups(layout, seed=1):
-            settings = {**plan.settings, **({"qk_layernorm": case["qk_norm"]} if "qk_norm" in case else {})}
-            measure = allocated if "qk_norm" not in case else saved
-            figures[case["name"]] = measure(settings, layout, config_of(case))
+    for fields, port in json.loads(cases.read_text()):
+        measure, _ = MEASURE[kind := fields.pop("kind")]
+        if kind == "fused" and not figures:
+            compile_operations()
+        case = Case(**fields)
+        if rank < case.world:
+            os.environ |= {"WORLD_SIZE": str(case.world), "MASTER_PORT": str(port)}
+            with process_groups(case.layout, seed=1):
+                figures[f"{kind} {case}"] = measure(case)
     (cases.parent / f"{rank}.json").write_text(json.dumps(figures))
 
 
-def allocated(settings, layout, config):
+def compile_operations():
+    """Compile what is compiled on a GPU, with a backend that needs no compiler and saves what its default saves."""
+    import torch
+    from megatron.core import jit
+
+    from toolkits.training.parallel import fused
+
+    fused.fused = lambda function: torch.compile(function, backend="aot_eager_decomp_partition", dynamic=False)
+    jit.disable_jit_fuser()  # SwiGLU says itself what it saves
+    from toolkits.training.parallel import model  # takes the functions above as it is imported
+
+    choose = model._fusion_fields
+    model._fusion_fields = lambda *of: choose(*of) | {"bias_activation_fusion": True, "bias_dropout_fusion": True}
+
+
+def wrapped_model(case):
+    from toolkits.training.parallel import model
+
+    chunks = model.build_model(case.settings, case.layout, case.config.compute)
+    usual = model.GRADIENT_BUCKET
+    model.GRADIENT_BUCKET = case.bucket or usual
+    try:
+        return model.wrap(chunks, distributed_optimizer=case.distributed)
+    finally:
+        model.GRADIENT_BUCKET = usual
+
+
+def allocated(case):
     """Bytes of everything that stays allocated after an optimizer step."""
     from toolkits.training.optimizer import build_optimizer
-    from toolkits.training.parallel.model import build_model, wrap
 
-    model = build_model(settings, layout, config.compute)
-    wrapped = wrap(model, distributed_optimizer=config.layout.distributed_optimizer)
-    optimizer = build_optimizer(config, wrapped)
+    wrapped = wrapped_model(case)
+    optimizer = build_optimizer(case.config, wrapped)
     optimizer.step()
     inner = [one.optimizer for one in getattr(optimizer, "chained_optimizers", [optimizer])]
     stepped = [weight for one in inner for group in one.param_groups for weight in group["params"]]
-    of_model = storages(wrapped.parameters())
+    weights = [weight for chunk in wrapped for weight in chunk.parameters()]
+    of_model = storages([*weights, *(buffer for chunk in wrapped for buffer in chunk.module.buffers())])
     moments = [state for one in inner for state in one.state.values()]
     return {
         "parameters": sum(of_model.values()),
-        "gradients": sum(storages(weight.main_grad for weight in wrapped.parameters()).values()),
+        "gradients": sum(storages(weight.main_grad for weight in weights).values()),
         "masters": sum(size for key, size in storages(stepped).items() if key not in of_model),
         "exp_avg": sum(storages(state["exp_avg"] for state in moments).values()),
         "exp_avg_sq": sum(storages(state["exp_avg_sq"] for state in moments).values()),
     }
 
 
-def saved(settings, layout, config):
+def saved(case):
     """Bytes that autograd keeps after the forward pass of one micro batch of packed rows."""
     import torch
     from megatron.core.packed_seq_params import PackedSeqParams
 
-    from toolkits.training.batches import row_length
-    from toolkits.training.parallel.model import build_model, wrap
+    from toolkits.training.batches import MicroBatch
+    from toolkits.training.parallel.context import share_of
+    from toolkits.training.parallel.world import context_rank
 
-    model = build_model(settings, layout, config.compute)
-    wrapped = wrap(model, distributed_optimizer=True)
-    tokens = ROWS * row_length(SEQ_LEN, layout)
-    ids = torch.arange(tokens)[None]
-    ends = torch.tensor([0, 10, tokens // 2, tokens], dtype=torch.int32)
+    (wrapped,) = wrapped_model(case)
+    tokens = ROWS * case.layout.padded(SEQ_LEN)
+    ends = torch.tensor([0, FIRST_SEQUENCE, tokens // 2, tokens], dtype=torch.int32)
     packed = PackedSeqParams("thd", ends, ends, max_seqlen_q=tokens // 2, max_seqlen_kv=tokens // 2)
+    ids = torch.arange(tokens)[None]
+    positions = ids - ends[torch.searchsorted(ends, ids, right=True) - 1]
+    batch = MicroBatch(ids, ids.clone(), torch.ones(ids.shape), positions, packed)
+    batch = share_of(batch, rank=context_rank(), size=case.context)
     weights, kept = storages(wrapped.parameters()), []
 
     def keep(tensor):
@@ -217,8 +350,8 @@ def saved(settings, layout, config):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = wrapped(ids, ids, None, labels=ids, packed_seq_params=packed)
-    assert output.shape == (1, tokens)
+        output = wrapped(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
+    assert output.shape == (1, tokens // case.context)
     return sum(size for key, size in storages(kept).items() if key not in weights)
 
 
@@ -230,6 +363,8 @@ def storages(tensors):
         if storage.nbytes()
     }
 
+
+MEASURE = {"states": (allocated, STATES), "activations": (saved, ACTIVATIONS), "fused": (saved, FUSED)}
 
 if __name__ == "__main__":
     import torch

@@ -13,13 +13,17 @@ from ..planning.weights import Method, Tuning
 from ..training.config import TrainConfig, all_settings
 from ..training.options import setting_option
 
-SEARCHED = {"tensor_parallel", "pipeline_parallel", "micro_batch_size", "recompute"}
+SEARCHED = {"tensor_parallel", "pipeline_parallel", "context_parallel", "micro_batch_size", "recompute"}
 TAKEN = {
     "seq_len",
     "global_batch_size",
     "precision",
     "sequence_parallel",
     "distributed_optimizer",
+    "first_stage_layers",
+    "virtual_stage_layers",
+    "recompute_layers",
+    "optimizer_offload",
     "keep_last",
 }
 UNITS = {"M": 2**20, "G": 2**30, "T": 2**40}

@@ -7,11 +7,11 @@ from conversion.plan import Plan
 from ..launch.arguments import LAUNCHERS
 from ..launch.kinds import ModelSize
 from ..training.config import TrainConfig
-from ..training.layout import Layout
-from .layouts import gigabytes
+from .memory import gigabytes
 from .states import ELEMENT, NF4_BYTES
-from .weights import Tuning, adapter_parameters, stage_weights
+from .weights import Tuning, adapter_parameters, model_weights
 
+QUOTED_RANK = 8  # of the LoRA figures that people quote
 OPTIMIZER_ON_DISK = 12  # bytes a parameter: fp32 weight and two fp32 moments
 
 
@@ -33,7 +33,6 @@ def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
     """Return what is said of the model's training memory: states only, summed over all ranks."""
     count, nominal = plan.num_parameters, _nominal(plan.num_parameters)
     billions = f"{count / 1e9:.3f} B"
-    adapters = adapter_parameters(plan, tuning.lora_rank)
     quantised = qlora_weights(plan)
     return [
         Figure(
@@ -56,12 +55,7 @@ def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
             12 * count,
             f"{billions} x 12 B: weight 2, gradient 2, fp32 weight 4, two bf16 moments 4 (not built yet)",
         ),
-        Figure(
-            f"LoRA r={tuning.lora_rank}, all matrices",
-            adapters,
-            f"r x (rows + columns) of q, k, v, o, gate, up, down of every layer: {adapters / count:.3%} of {billions}",
-            unit="parameters",
-        ),
+        *(_lora(plan, rank) for rank in sorted({QUOTED_RANK, tuning.lora_rank})),
         Figure(
             "QLoRA's frozen weights",
             quantised,
@@ -70,10 +64,20 @@ def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
     ]
 
 
+def _lora(plan: Plan, rank: int) -> Figure:
+    adapters, count = adapter_parameters(plan, rank), plan.num_parameters
+    return Figure(
+        f"LoRA r={rank}, all matrices",
+        adapters,
+        "r x (rows + columns) of q, k, v, o, gate, up, down of every layer: "
+        f"{adapters / count:.3%} of {count / 1e9:.3f} B",
+        unit="parameters",
+    )
+
+
 def qlora_weights(plan: Plan) -> float:
     """Return the bytes of the model when the matrices of its layers are NF4 and all else is bf16."""
-    weights = stage_weights(plan, Layout(1, 1, 1, False, 1), 0)
-    return sum(weight.count * (NF4_BYTES if weight.linear else ELEMENT["bf16"]) for weight in weights)
+    return sum(weight.count * (NF4_BYTES if weight.linear else ELEMENT["bf16"]) for weight in model_weights(plan))
 
 
 def disk_bytes(plan: Plan, config: TrainConfig, tuning: Tuning) -> int:

@@ -10,13 +10,12 @@ from ..foundation.errors import UsageError
 from ..training.config import TrainConfig
 from ..training.layout import Layout, layout_of, layout_problems
 from .line import GPUS_OF_NODE, not_built
-from .memory import RankMemory, run_memory
+from .memory import USABLE, RankMemory, gigabytes, offload_that_fits, run_memory
+from .states import ON_HOST
 from .timing import StepTime, step_time
 from .weights import Tuning
 
 MICRO_BATCHES = (1, 2, 4, 8, 16)
-# Of a card's memory; the rest is for the driver's context, NCCL's buffers and what the allocator cannot use.
-USABLE = 0.92
 
 
 @dataclass(frozen=True)
@@ -35,15 +34,23 @@ class Question:
     def usable_bytes(self) -> int:
         return int(self.gpu_bytes * USABLE)
 
+    def holds(self, candidate: "Candidate") -> bool:
+        """Return whether every rank of `candidate` fits its GPU."""
+        return candidate.bytes <= self.usable_bytes
+
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout, the memory of each of its stages, and the estimated step."""
+    """A layout, the memory of each of its stages, and the estimated step.
+
+    `offload` is the share of the optimizer's state in CPU memory.
+    """
 
     config: TrainConfig
     layout: Layout
     ranks: list[RankMemory]
     time: StepTime
+    offload: float
 
     @property
     def bytes(self) -> int:
@@ -51,18 +58,24 @@ class Candidate:
         return max(rank.total for rank in self.ranks)
 
     @property
+    def host_bytes(self) -> int:
+        """Return the CPU memory that the ranks of a full node take."""
+        return min(self.layout.world, GPUS_OF_NODE) * max(rank.host for rank in self.ranks)
+
+    @property
     def split(self) -> int:
         """Return the number of ranks that hold one replica of the model."""
-        return self.layout.tensor * self.layout.pipeline
+        return self.layout.world // self.layout.data
 
     @property
     def name(self) -> str:
-        settings = self.config
-        recompute = settings.compute.recompute
-        return (
-            f"TP {self.layout.tensor} x PP {self.layout.pipeline} x DP {self.layout.data}, micro batch "
-            f"{settings.batch.micro_batch_size}" + (f", recompute {recompute}" if recompute != "none" else "")
-        )
+        layout, recompute = self.layout, self.config.compute.recompute
+        said = f"TP {layout.tensor} x PP {layout.pipeline}"
+        said += f" ({layout.chunks} virtual stages a rank)" if layout.chunks > 1 else ""
+        said += f" x CP {layout.context}" if layout.context > 1 else ""
+        said += f" x DP {layout.data}, micro batch {self.config.batch.micro_batch_size}"
+        said += f", recompute {recompute}" if recompute != "none" else ""
+        return said + (f", {self.offload:.0%} of the optimizer in CPU memory" if self.offload else "")
 
 
 @dataclass(frozen=True)
@@ -77,14 +90,16 @@ class Answer:
 def answer(question: Question) -> Answer:
     """Try every layout and take the one with the shortest estimated step among those that fit.
 
-    Raises UsageError when the rules allow no layout at all.
+    Context parallelism is tried where nothing fits without it. Raises UsageError when the rules allow no layout.
     """
-    candidates = list(_candidates(question))
+    candidates = list(_candidates(question, context=[question.config.layout.context_parallel]))
+    if "context_parallel" not in question.fixed and not any(map(question.holds, candidates)):
+        candidates += _candidates(question, context=_divisors(question.gpus)[1:])
     if not candidates:
         problems = layout_problems(question.config, question.plan.settings, question.gpus)
         hint = f": {problems[0]}" if problems else "; give a GLOBAL_BATCH_SIZE that more of them divide"
         raise UsageError(f"no layout of {question.gpus} GPUs obeys the rules{hint}")
-    fitting = [each for each in candidates if each.bytes <= question.usable_bytes]
+    fitting = [each for each in candidates if question.holds(each)]
     if not fitting:
         return Answer(candidates, None, _nothing_fits(question, candidates))
     chosen = min(fitting, key=_preference)
@@ -99,18 +114,35 @@ def evaluated(question: Question, config: TrainConfig) -> Candidate:
     """Return what `config` needs; raise UsageError with every rule that it breaks."""
     plan, tuning = question.plan, question.tuning
     layout = layout_of(config, plan.settings, question.gpus)
-    time = step_time(plan, config, layout, tuning, peak=question.peak_flops)
-    return Candidate(config, layout, run_memory(plan, config, layout, tuning), time)
+    offload = _offload(question, config, layout)
+    ranks = run_memory(plan, config, layout, tuning, offload=offload)
+    on_cpu = max(rank.states.host for rank in ranks) // ON_HOST
+    time = step_time(plan, config, layout, tuning, peak=question.peak_flops, on_cpu=on_cpu)
+    return Candidate(config, layout, ranks, time, offload)
 
 
-def _candidates(question: Question) -> Iterator[Candidate]:
-    for config in _configs(question):
+def _offload(question: Question, config: TrainConfig, layout: Layout) -> float:
+    word = config.optimizer.optimizer_offload
+    if word != "auto":
+        return float(word)
+    try:
+        return offload_that_fits(question.plan, config, layout, question.gpu_bytes, question.tuning)
+    except UsageError:
+        return 1.0
+
+
+def _candidates(question: Question, *, context: list[int]) -> Iterator[Candidate]:
+    for config in _configs(question, context):
         if not layout_problems(config, question.plan.settings, question.gpus):
             yield evaluated(question, config)
 
 
-def _configs(question: Question) -> Iterator[TrainConfig]:
-    divisors = [number for number in range(1, question.gpus + 1) if question.gpus % number == 0]
+def _divisors(number: int) -> list[int]:
+    return [each for each in range(1, number + 1) if number % each == 0]
+
+
+def _configs(question: Question, context: list[int]) -> Iterator[TrainConfig]:
+    divisors = _divisors(question.gpus)
     recompute = ["none"] + ([] if not_built("full", "full") else ["full"])
     choices = {
         "tensor_parallel": [number for number in divisors if number <= GPUS_OF_NODE],  # inside a node
@@ -118,7 +150,7 @@ def _configs(question: Question) -> Iterator[TrainConfig]:
         "micro_batch_size": MICRO_BATCHES,
         "recompute": recompute,
     }
-    found = [question.config]
+    found = [changed(question.config, context_parallel=number) for number in context]
     for name, values in choices.items():
         if name not in question.fixed:
             found = [changed(config, **{name: value}) for config in found for value in values]
@@ -132,6 +164,11 @@ def changed(config: TrainConfig, **values: object) -> TrainConfig:
 
 def _reason(question: Question, all_of_them: list[Candidate], fitting: list[Candidate], chosen: Candidate) -> str:
     said = [f"{len(fitting)} of {len(all_of_them)} layouts fit; this one has the shortest estimated step"]
+    if chosen.layout.context > 1 and "context_parallel" not in question.fixed:
+        without = [each for each in all_of_them if each.layout.context == 1]
+        least = min(without, key=lambda each: each.bytes, default=None)
+        need = f": {least.name} needs {gigabytes(least.bytes)}" if least else " the rules"
+        said.append(f"rows are divided by CP because no layout without it fits{need}")
     smaller = [each for each in all_of_them if each.split < chosen.split]
     if chosen.split == 1 < chosen.layout.world:
         said.append("the model fits one GPU, so all GPUs are data parallel and nothing is sent inside a layer")
@@ -154,23 +191,18 @@ def _nothing_fits(question: Question, candidates: list[Candidate]) -> str:
     usable = gigabytes(question.usable_bytes)
     said = f"nothing fits: the smallest, {least.name}, needs {gigabytes(least.bytes)} of {usable}"
     helps = []
-    for words, method, recompute in (
-        ("full recomputation", "full", "full"),
-        ("LoRA", "lora", "none"),
-        ("QLoRA", "qlora", "none"),
+    for words, method, values in (
+        ("full recomputation", question.tuning.method, {"recompute": "full"}),
+        ("the optimizer in CPU memory", question.tuning.method, {"optimizer_offload": "auto"}),
+        ("LoRA", "lora", {"recompute": "none"}),
+        ("QLoRA", "qlora", {"recompute": "none"}),
     ):
         tuning = Tuning(method, question.tuning.lora_rank)  # type: ignore[arg-type]
-        other = dataclasses.replace(question, tuning=tuning, config=changed(question.config, recompute=recompute))
-        if (tuning, recompute) == (question.tuning, least.config.compute.recompute):
-            continue
-        bytes_ = evaluated(other, changed(least.config, recompute=recompute)).bytes
-        if bytes_ < least.bytes:
-            missing = not_built(method, recompute)
-            helps.append(f"{words} {gigabytes(bytes_)}" + (f" ({missing[0]})" if missing else ""))
+        other = evaluated(dataclasses.replace(question, tuning=tuning), changed(least.config, **values))
+        if other.bytes < least.bytes:
+            notes = not_built(method, other.config.compute.recompute)
+            if other.offload > least.offload:
+                notes.append(f"OPTIMIZER_OFFLOAD={other.offload:g}, {gigabytes(other.host_bytes)} of CPU memory a node")
+            helps.append(f"{words} {gigabytes(other.bytes)}" + (f" ({'; '.join(notes)})" if notes else ""))
     helps += ["a smaller SEQ_LEN", "more GPUs"]
     return f"{said}. What would help there: {', '.join(helps)}."
-
-
-def gigabytes(bytes_: float) -> str:
-    """Return `bytes_` in GB of 10^9."""
-    return f"{bytes_ / 1e9:.1f} GB"

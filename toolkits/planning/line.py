@@ -1,13 +1,12 @@
 """The launcher's line of a plan, through the launchers' own table, and what that table does not build yet."""
 
 import shlex
-from collections.abc import Mapping
 
 from ..foundation.errors import UsageError, raise_all
-from ..launch.arguments import LAUNCHERS, RECOMPUTE, Launcher
+from ..launch.arguments import LAUNCHERS, RECOMPUTE, VARIABLES, Launcher
 from ..launch.kinds import human_size
 from ..launch.reading import complaint
-from ..training.config import TrainConfig
+from ..training.config import TrainConfig, all_settings
 from ..training.layout import Layout
 
 LAUNCHER_OF_FAMILY = {"qwen2": "qwen"}  # a family of conversion/families -> its launcher
@@ -29,14 +28,28 @@ def launcher_line(
 ) -> str:
     """Return the line that starts the run; raise UsageError for a word that the launcher's table refuses."""
     words = _words(config, layout, num_parameters=num_parameters, checkpoint=checkpoint)
+    variables = {"NPROC_PER_NODE": str(min(layout.world, GPUS_OF_NODE)), **_variables(config)}
     problems = []
-    for entry in family.positions:
-        problem = complaint(entry, words[entry.name])
+    for entry in (*family.positions, *VARIABLES):
+        word = (words | variables).get(entry.name)
+        problem = None if word is None else complaint(entry, word)
         if problem is not None:
-            problems.append(f"{entry.name} {words[entry.name]} {problem}")
+            problems.append(f"{entry.name} {word} {problem}")
     raise_all(UsageError, family.script, problems)
+    before = " ".join(f"{name}={shlex.quote(word)}" for name, word in variables.items())
     typed = shlex.join(words[entry.name] for entry in family.positions)
-    return f"NPROC_PER_NODE={min(layout.world, GPUS_OF_NODE)} sh run_scripts/{family.script} {typed}"
+    return f"{before} sh run_scripts/{family.script} {typed}"
+
+
+def _variables(config: TrainConfig) -> dict[str, str]:
+    """Return a word for every variable whose setting is not at its default."""
+    said, default = config.values(), {each.name: each.default for each in all_settings()}
+    differs = {
+        entry.name: said[entry.setting]
+        for entry in VARIABLES
+        if entry.setting is not None and said[entry.setting] != default[entry.setting]
+    }
+    return {name: _switch(value) if isinstance(value, bool) else str(value) for name, value in differs.items()}
 
 
 def not_built(method: str, recompute: str) -> list[str]:
@@ -48,7 +61,7 @@ def not_built(method: str, recompute: str) -> list[str]:
     return found + ([f"AC={word} {problem}"] if problem else [])
 
 
-def _words(config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str) -> Mapping[str, str]:
+def _words(config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str) -> dict[str, str]:
     """Return a word for every position that a launcher has, by its name."""
     said = config.values()
     return {
@@ -63,13 +76,13 @@ def _words(config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoi
         "PR": said["precision"],
         "TP": str(layout.tensor),
         "PP": str(layout.pipeline),
-        "CP": "1",
+        "CP": str(layout.context),
         "SP": _switch(said["sequence_parallel"]),
         "DO": _switch(said["distributed_optimizer"]),
         "FL": _switch(said["flash_attention"]),
         "SFT": "true",
         "AC": AC_WORDS[said["recompute"]],
-        "OPTIMIZER_OFFLOAD": "false",
+        "OPTIMIZER_OFFLOAD": said["optimizer_offload"] if said["optimizer_offload"] != "0" else "false",
         "SAVE_INTERVAL": TRAIN_ITERS,
         "DATASET_PATH": DATA,
         "VALID_DATASET_PATH": DATA,

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from conversion.plan import untrainable_reasons
+from conversion.settings import untrainable_reasons
 
 from ..foundation.errors import UsageError
 from .figures import Figure, disk_bytes, quoted
@@ -105,7 +105,7 @@ def as_json(said: Report) -> dict[str, Any]:
         "line": said.line,
         "refused": said.refused,
         "checkpoint_disk_bytes": said.disk_bytes,
-        "layouts": [{**_layout(each), "fits": each.bytes <= question.usable_bytes} for each in said.answer.candidates],
+        "layouts": [{**_layout(each), "fits": question.holds(each)} for each in said.answer.candidates],
         "ways": [{"method": way.method, "not_built": way.refused, **_layout(way.candidate)} for way in said.ways],
         "figures": [dataclasses.asdict(figure) for figure in said.figures],
     }
@@ -116,10 +116,14 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
     return {
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
+        "context": layout.context,
         "data": layout.data,
+        "virtual_stages": layout.chunks,
         "micro_batch_size": config.batch.micro_batch_size,
         "recompute": config.compute.recompute,
+        "optimizer_offload": candidate.offload,
         "bytes": candidate.bytes,
+        "host_bytes_of_node": candidate.host_bytes,
         "estimated_step": dataclasses.asdict(candidate.time),
         "stages": [
             {
@@ -129,7 +133,8 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
                 "activations": rank.activations,
                 "logits": rank.logits,
                 "backward": rank.backward,
-                "step": rank.step,
+                "start": rank.start,
+                "host": rank.host,
                 "total": rank.total,
             }
             for rank in candidate.ranks

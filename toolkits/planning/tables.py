@@ -5,10 +5,10 @@ from collections.abc import Iterator
 from rich.console import Console
 from rich.table import Table
 
-from .layouts import USABLE, Candidate, gigabytes
-from .memory import RankMemory
+from .layouts import GPUS_OF_NODE, Candidate
+from .memory import USABLE, RankMemory, gigabytes
 from .report import Report
-from .timing import ASSUMED_MFU, FULL_SPEED_TOKENS, LINK_BYTES, PEAK_FLOPS
+from .timing import ASSUMED_MFU, CPU_PARAMETERS, FULL_SPEED_TOKENS, LINK_BYTES, PEAK_FLOPS
 
 WIDE = 120  # columns where nobody watches
 MOST_LAYOUTS = 12
@@ -48,16 +48,20 @@ def _ways(said: Report) -> Table:
 
 
 def _layouts(said: Report) -> Table:
-    found = sorted(said.answer.candidates, key=lambda each: (not _fits(said, each), each.time.seconds))
+    found = sorted(said.answer.candidates, key=lambda each: (not said.question.holds(each), each.time.seconds))
     title = f"Layouts for {said.question.tuning.method}: {len(found)}, the best {min(MOST_LAYOUTS, len(found))} shown"
-    table = Table("TP", "PP", "DP", "micro batch", "recompute", "GB a rank", "fits", "step, estimated", title=title)
+    table = Table(
+        "TP", "PP", "CP", "DP", "micro batch", "recompute", "GB a rank", "fits", "step, estimated", title=title
+    )
     for each in found[:MOST_LAYOUTS]:
         layout = each.layout
         table.add_row(
-            *map(str, (layout.tensor, layout.pipeline, layout.data, each.config.batch.micro_batch_size)),
+            str(layout.tensor),
+            f"{layout.pipeline}" + (f" (VP {layout.chunks})" if layout.chunks > 1 else ""),
+            *map(str, (layout.context, layout.data, each.config.batch.micro_batch_size)),
             each.config.compute.recompute,
             _gb(each.bytes),
-            "yes" if _fits(said, each) else "no",
+            "yes" if said.question.holds(each) else "no",
             f"{each.time.seconds:.2f} s",
         )
     return table
@@ -77,9 +81,14 @@ def _conclusions(said: Report) -> Iterator[str]:
         f"{gigabytes(question.usable_bytes)}; the rest is for the driver, NCCL and the allocator"
     )
     yield (
-        "          other: the largest weight's gradient, gathered tokens and one layer's gradients; or, if that is "
-        "more, what AdamW's step takes after the backward pass"
+        "          other: what the backward pass takes beyond the loss: the largest weight's gradient, gathered tokens "
+        "and keys, one layer's gradients"
     )
+    if said.shown.host_bytes:
+        yield (
+            f"          {gigabytes(said.shown.host_bytes)} of CPU memory a node of {GPUS_OF_NODE} GPUs, for "
+            "optimizer state and activations; to within the largest weight of each rank"
+        )
     head = f"take {said.shown.name}: " if said.answer.chosen else ""
     yield f"layout    {head}{said.answer.reason}"
     for text in said.refused:
@@ -98,11 +107,9 @@ def _conclusions(said: Report) -> Iterator[str]:
         f"          assumes {peak / 1e12:.0f} TFLOP/s a GPU, MFU {time.assumed_mfu:.0%} ({ASSUMED_MFU[1]:.0%} at TP 1, "
         f"less with TP and below {FULL_SPEED_TOKENS:,} tokens a micro batch), pipeline waits {time.bubble:.0%}, "
         f"gradients reduced at {LINK_BYTES / 1e9:.0f} GB/s in {time.reduce_seconds:.2f} s"
+        + (f", keys and values of CP gathered in {time.gather_seconds:.2f} s" if time.gather_seconds else "")
+        + (f", {CPU_PARAMETERS / 1e9:g} B parameters/s stepped by the CPU of a rank" if time.cpu_seconds else "")
     )
-
-
-def _fits(said: Report, candidate: Candidate) -> bool:
-    return candidate.bytes <= said.question.usable_bytes
 
 
 def _fullest(candidate: Candidate) -> RankMemory:
