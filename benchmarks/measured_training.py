@@ -1,0 +1,212 @@
+"""Runs of the real training line whose loop is exchanged for one that measures."""
+
+import contextlib
+import json
+import os
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+from bare_loop import BareLoop
+from tokenizers import Tokenizer
+from tokenizers.models import BPE
+
+import toolkits.training.run as line
+from data_preprocessing.dataset import DatasetWriter
+from toolkits.planning.timing import PEAK_FLOPS, flops_per_token
+from toolkits.planning.weights import Tuning, sizes_of
+from toolkits.training import loop
+from toolkits.training.batches import MicroBatch
+from toolkits.training.loop import Training, train_step, upcoming
+from toolkits.training.objectives import OBJECTIVES
+from toolkits.training.options import parse_flags
+from toolkits.training.sources import find_model
+
+WARM_UP = 3  # steps: compilation, the allocator
+CONSTANT_RATE = ["--lr", "1e-5", "--min-lr", "1e-5", "--weight-decay", "0"]  # the bare loop knows no schedule
+MEAN_TOKENS = 285  # of a conversation
+SHAPES: dict[str, dict[str, Any]] = {  # of the published Qwen2.5 configs
+    "0.5B": {
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "3B": {
+        "hidden_size": 2048,
+        "intermediate_size": 11008,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "tie_word_embeddings": True,
+    },
+    "7B": {
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    },
+    "tiny": {
+        "hidden_size": 256,
+        "intermediate_size": 704,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 4096,
+        "tie_word_embeddings": True,
+    },
+}
+Measure = Callable[[Training, Iterator[MicroBatch]], dict[str, Any]]
+
+
+def on_gpu(shape: str, *, seq_len: int, rows: int, steps: int, recompute: str) -> dict[str, Any]:
+    """Train a shape on one GPU; return tokens a second, MFU in two conventions and the peak memory."""
+    flags = ["--seq-len", str(seq_len), "--micro-batch-size", str(rows), "--global-batch-size", str(rows)]
+    flags += ["--train-iters", str(WARM_UP + steps), "--precision", "bf16", "--recompute", recompute]
+    return {"shape": shape, "seq_len": seq_len, "rows": rows, **_run(shape, flags, _speed, rows_needed=16 * rows)}
+
+
+def overhead_on_cpu(*, pairs: int) -> dict[str, Any]:
+    """Return how long our step takes, as a share of a bare megatron-core step with the same model and batches."""
+    torch.set_num_threads(1)
+    flags = ["--seq-len", "256", "--global-batch-size", "4", "--train-iters", str(pairs), "--precision", "fp32"]
+    return _run("tiny", flags, _overhead, rows_needed=4 * pairs)
+
+
+def packing_on_cpu(*, pairs: int) -> dict[str, Any]:
+    """Return how many more tokens a second packed rows of 2048 train than rows of one conversation each, padded."""
+    torch.set_num_threads(1)
+    flags = ["--seq-len", "2048", "--global-batch-size", "1", "--train-iters", "4", "--precision", "fp32"]
+    ratios = []
+    for _ in range(pairs):
+        packed, padded = (_run("tiny", [*flags, word], _rate, rows_needed=6) for word in ("--packing", "--no-packing"))
+        ratios.append(packed["tokens_per_second"] / padded["tokens_per_second"])
+    kept = ratios[1:]
+    return {"ratio": float(np.median(kept)), "lowest": min(kept), "highest": max(kept), "pairs": len(kept)}
+
+
+def _rate(run: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
+    figures = [train_step(run, index, batches)[0] for index in range(run.steps)][1:]
+    return {"tokens_per_second": sum(each.tokens for each in figures) / sum(each.seconds for each in figures)}
+
+
+def _speed(run: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
+    tokens, began = 0, 0.0
+    for index in range(run.steps):
+        if index == WARM_UP:
+            torch.cuda.synchronize()
+            tokens, began = 0, time.perf_counter()
+        figures, _ = train_step(run, index, batches)
+        run.reporter.step(figures)
+        tokens += figures.tokens
+    torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    plan, data = find_model(run.config.model).plan, run.batches.rows.parts[0]
+    sizes, lengths = sizes_of(plan), np.diff(data.ends, prepend=0).astype(float)
+    whole = 6 * plan.num_parameters + 12 * sizes.layers * sizes.query * data.seq_len
+    strict = flops_per_token(plan, int((lengths**2).sum() / lengths.sum()), Tuning())
+    rate, peak = tokens / seconds, PEAK_FLOPS["bf16"]
+    return {
+        "device": torch.cuda.get_device_name(),
+        "tokens_per_second": rate,
+        "mfu_6n_full_attention": rate * whole / peak,
+        "mfu_strict": rate * strict / peak,
+        "peak_bytes": torch.cuda.max_memory_allocated(),
+        "step_seconds": seconds / (run.steps - WARM_UP),
+    }
+
+
+def _overhead(run: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
+    bare, prepared, times = BareLoop(run), upcoming(run), []
+    for index in range(run.steps):
+        share = [next(prepared) for _ in range(run.layout.micro_batches)]
+        begins = _now()
+        figures, _ = train_step(run, index, batches)
+        run.reporter.step(figures)
+        between = _now()
+        loss = bare.step(share)
+        ends = _now()
+        assert loss == figures.loss, f"step {index + 1}: {figures.loss} here, {loss} in the bare loop"
+        times.append((between - begins, ends - between))
+    ours, theirs = np.array(times[1:]).transpose(1, 0, 2)
+    ratios = ours / theirs
+    return {
+        "ratio": float(np.median(ratios[:, 0])),
+        "lowest": float(ratios[:, 0].min()),
+        "highest": float(ratios[:, 0].max()),
+        "cpu_time_ratio": float(np.median(ratios[:, 1])),
+        "pairs": len(ratios),
+        "bare_seconds": float(np.median(theirs[:, 0])),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _now() -> np.ndarray:
+    """Return the seconds on the wall, and those that all threads of this process have computed."""
+    return np.array([time.perf_counter(), time.process_time()])
+
+
+def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int) -> dict[str, Any]:
+    """Start a training run of `shape` on this rank alone, with `measure` in the place of its loop."""
+    found: dict[str, Any] = {}
+
+    def measured(run: Training, batches: Iterator[MicroBatch]) -> Path:
+        found.update(measure(run, batches))
+        return run.checkpoints
+
+    with tempfile.TemporaryDirectory() as name, contextlib.redirect_stdout(sys.stderr):
+        folder = Path(name)
+        model, data = _write_config(folder, SHAPES[shape]), folder / "data"
+        seq_len = int(flags[flags.index("--seq-len") + 1])
+        _write_conversations(data, vocabulary=SHAPES[shape]["vocab_size"], tokens=rows_needed * seq_len)
+        words = ["--checkpoint", "none", "--hf-config", model, "--data", data, "--output", folder / "out"]
+        config = parse_flags([*map(str, words), *CONSTANT_RATE, *flags])
+        with (
+            mock.patch.dict(os.environ, _alone()),
+            mock.patch.object(loop, "_take_steps", measured),
+            mock.patch.object(line, "_require_space", lambda plan: None),  # nothing is saved
+        ):
+            line.run(config, OBJECTIVES["sft"])
+    return found
+
+
+def _alone() -> dict[str, str]:
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        port = str(one.getsockname()[1])
+    return {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+
+
+def _write_config(folder: Path, shape: dict[str, Any]) -> Path:
+    fixed = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    rope = {"max_position_embeddings": 32768, "rope_theta": 1e6, "torch_dtype": "bfloat16"}
+    path = folder / "model" / "config.json"
+    path.parent.mkdir()
+    path.write_text(json.dumps({**fixed, **rope, **shape}))
+    Tokenizer(BPE()).save(str(path.with_name("tokenizer.json")))  # a run wants one; the data is tokens already
+    return path.parent
+
+
+def _write_conversations(prefix: Path, *, vocabulary: int, tokens: int) -> None:
+    """Write conversations of random tokens, log-normal in length as chat data is; the second half is trained on."""
+    random = np.random.default_rng(1)
+    lengths = np.clip(random.lognormal(np.log(MEAN_TOKENS) - 0.32, 0.8, 2 * tokens // MEAN_TOKENS), 16, 2048)
+    with DatasetWriter(prefix.parent, f"{prefix.name}_text_document") as writer:
+        for length in lengths.astype(int):
+            mask = (np.arange(length) >= length // 2).astype(np.uint8)
+            writer.add(random.integers(0, vocabulary, length, dtype=np.int32), mask)
+        writer.finish({"tokenizer": {"fingerprint": None}})
