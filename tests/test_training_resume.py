@@ -52,6 +52,8 @@ CASES = {
     "tp2-bf16": {"tensor_parallel": 2, "precision": "bf16"},
     "tp2-plain": {"tensor_parallel": 2, "distributed_optimizer": False},
     "pp2": {"pipeline_parallel": 2},
+    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1, "background_save": True},
+    "cp2": {"context_parallel": 2},
     "dp2-bf16": {"precision": "bf16"},
     "dp2": {},
     "tp2-reshardable": {"tensor_parallel": 2, "reshardable_optimizer": True},
@@ -81,6 +83,9 @@ def resumed(inputs, whole, tmp_path_factory):
     cases = {name: flags(**settings(inputs, outs[name], **CASES[name])) for name in CASES}
     other = interrupted(folder, "tp2-reshardable", target / "tp2-to-pp2")
     cases["tp2-to-pp2"] = flags(**settings(inputs, other, pipeline_parallel=2, reshardable_optimizer=True))
+    cases["dp2-to-cp2"] = flags(
+        **settings(inputs, interrupted(folder, "dp2", target / "dp2-to-cp2"), context_parallel=2)
+    )
     histories = run_cases(target / "two", 2, cases)
     alone = {
         "dp2-to-dp1": settings(inputs, interrupted(folder, "dp2", target / "dp2-to-dp1")),
@@ -101,14 +106,20 @@ def test_the_same_layout_goes_on_bit_for_bit(whole, resumed, name):
 
 
 @pytest.mark.parametrize(
-    ("name", "origin"), [("dp2-to-dp1", "dp2"), ("tp2-to-pp2", "tp2-reshardable"), ("tp2-to-tp1", "tp2-reshardable")]
+    ("name", "origin"),
+    [
+        ("dp2-to-dp1", "dp2"),
+        ("dp2-to-cp2", "dp2"),
+        ("tp2-to-pp2", "tp2-reshardable"),
+        ("tp2-to-tp1", "tp2-reshardable"),
+    ],
 )
 def test_another_layout_goes_on_with_the_same_losses(whole, resumed, name, origin):
     losses = [step["loss"] for step in resumed[1][name]]
     assert losses == pytest.approx([step["loss"] for step in whole[1][origin]][HALF:], abs=1e-4)
     (log,) = [path for path in (resumed[0] / name / "log").iterdir() if "going on from" in path.read_text()]
     assert re.search(
-        r"layout TP\d PP\d DP\d -> TP\d PP\d DP\d: optimizer resharded, step 5, data from row 32", log.read_text()
+        r"layout TP\d PP\d DP\d -> TP\d PP\d( CP\d)? DP\d: optimizer resharded, step 5, data from row 32", log.read_text()
     )
 
 

@@ -4,32 +4,27 @@ checkpoint/NAME/iter_0000100/   the torch_dist files of model, optimizer and ran
                 manifest.json   step, data position, layout, and every file with its size and hash
 """
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from megatron.core import dist_checkpointing, parallel_state
-from megatron.core.dist_checkpointing.core import CheckpointingException
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
-from conversion.mcore_directory import TRACKER_FILE, step_folders, step_name
+from conversion.mcore_directory import step_folders
 from conversion.safe_pickle import read_metadata
 
-from ..foundation.errors import CheckpointError, DiskError, TemperError, UsageError
-from ..foundation.publish import publish_directory, temporary_of, write_text
+from ..foundation.errors import CheckpointError, TemperError, UsageError
 from .layout import Grid, Layout
 from .optimizer import optimizer_state, restore_optimizer
 from .parallel.model import Chunks, sharded_state
-from .parallel.world import gather, rank
 from .weights import load_mcore
 
 MANIFEST = "manifest.json"
@@ -69,59 +64,20 @@ class RunState:
     sharding: str | None
 
 
-def save_step(folder: Path, state: RunState, position: Position, *, keep_last: int) -> Path:
-    """Write `folder/iter_NNNNNNN`, look at it again, then let go of steps older than `keep_last`.
-
-    All ranks call it; the step appears under its name only when every byte is on disk.
-    """
-    target = folder / step_name(position.step)
-    with contextlib.ExitStack() as stack:
-        if rank() == 0:
-            stack.enter_context(publish_directory(target))
-        torch.distributed.barrier()
-        temporary = temporary_of(target)
-        with _disk_errors_named(target):
-            dist_checkpointing.save(_sharded_state(state), str(temporary))
-        torch.distributed.barrier()  # rank 0 has written the metadata
-        hashes = gather({path.name: _describe(path) for path in _share(temporary)})
-        if rank() == 0:
-            files = {name: described for share in hashes for name, described in share.items()}
-            (temporary / MANIFEST).write_text(json.dumps(_manifest(state, position, files), indent=1))
-    if rank() == 0:
-        check_step(target, contents=False)
-        write_text(folder / TRACKER_FILE, str(position.step))
-        for old in step_folders(folder)[:-keep_last]:
-            shutil.rmtree(old)
-    torch.distributed.barrier()
-    return target
-
-
-@contextlib.contextmanager
-def _disk_errors_named(target: Path) -> Iterator[None]:
-    """Say which step an error of the disk hit: the writer's own errors name no path."""
-    try:
-        yield
-    except (OSError, RuntimeError, CheckpointingException) as error:
-        code = getattr(error, "errno", None)
-        if code is None and "No space left" not in str(error):
-            raise
-        raise DiskError(f"writing {target} failed: {error}; earlier steps are whole") from error
-
-
 def check_step(folder: Path, *, contents: bool) -> Saved:
     """Hold a step folder against its manifest and return what it says; raise CheckpointError when it is damaged.
 
     Sizes and metadata always; the hashes of all files with `contents`.
     """
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        if manifest["version"] > FORMAT_VERSION:
-            raise CheckpointError(f"{folder} was written by a newer Temper ({manifest['temper']}); use that one")
-        for name, described in manifest["files"].items():
-            if _describe(folder / name, contents=contents) != (described if contents else described[:1]):
+        said = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if said["version"] > FORMAT_VERSION:
+            raise CheckpointError(f"{folder} was written by a newer Temper ({said['temper']}); use that one")
+        for name, described in said["files"].items():
+            if describe(folder / name, contents=contents) != (described if contents else described[:1]):
                 raise CheckpointError(f"{folder / name} is not what was saved: truncated or changed")
-        position, grid = Position(**manifest["position"]), Grid(**manifest["layout"])
-        saved = Saved(folder, position, grid, manifest["precision"], manifest["sharding"])
+        position, grid = Position(**said["position"]), Grid(**said["layout"])
+        saved = Saved(folder, position, grid, said["precision"], said["sharding"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         if isinstance(error, TemperError):
             raise
@@ -174,7 +130,8 @@ def load_step(saved: Saved, state: RunState) -> None:
         _set_random_states(loaded["rng_state"])
 
 
-def _sharded_state(state: RunState) -> dict[str, Any]:
+def sharded_run(state: RunState) -> dict[str, Any]:
+    """Return everything that is saved of a run, as this rank's part of it."""
     chunks = sharded_state(state.chunks)
     optimizer = optimizer_state(state.optimizer, chunks, sharding=state.sharding)
     for chunk, tensors in zip(state.chunks, chunks.values(), strict=True):
@@ -223,13 +180,7 @@ def _set_random_states(states: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(states["cuda"])
 
 
-def _share(folder: Path) -> list[Path]:
-    """Return the files of `folder` that this rank looks after."""
-    files = sorted(path for path in folder.iterdir() if path.name != MANIFEST)
-    return files[rank() :: torch.distributed.get_world_size()]
-
-
-def _describe(path: Path, *, contents: bool = True) -> list[Any]:
+def describe(path: Path, *, contents: bool = True) -> list[Any]:
     """Return [size] of a file, or [size, sha256]."""
     size = os.path.getsize(path)
     if not contents:
@@ -238,7 +189,8 @@ def _describe(path: Path, *, contents: bool = True) -> list[Any]:
         return [size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _manifest(state: RunState, position: Position, files: dict[str, list[Any]]) -> dict[str, Any]:
+def manifest(state: RunState, position: Position, files: dict[str, list[Any]]) -> dict[str, Any]:
+    """Return what a step folder says of itself, with the size and hash of each of its `files`."""
     from importlib.metadata import version
 
     return {

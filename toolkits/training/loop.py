@@ -1,13 +1,13 @@
 """The training loop; what is optimised is the objective's business, where it runs is the layout's."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
-from itertools import tee
+from itertools import islice, tee
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,16 +18,34 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from conversion.mcore_directory import step_folders, step_name
 
 from ..foundation.errors import InterruptedRun, NumericsError
+from ..foundation.publish import write_text
 from ..launch.rank import stop_requested
-from .batches import Batches, MicroBatch, row_length
-from .checkpointing import Position, RunState, save_step
+from ..monitoring.record import SAVING, VALIDATING
+from .batches import Batches, MicroBatch
+from .checkpointing import Position, RunState
 from .config import TrainConfig
 from .layout import Layout
 from .optimizer import learning_rate, set_learning_rate
 from .parallel.context import share_of
-from .parallel.model import unwrapped
-from .parallel.world import context_rank, speaks_for_its_tokens, sum_over_ranks
+from .parallel.model import gather_weights, unwrapped
+from .parallel.world import context_rank, rank, speaks_for_its_tokens, sum_over_ranks
+from .prefetch import prefetched
 from .reporter import Reporter, StepFigures
+from .saving import Saver
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One pass over a global batch: its mean loss, and what the ranks said of themselves meanwhile.
+
+    `stop`: one of them was asked to stop. `written`: all have written their share of a step that is saved in
+    the background.
+    """
+
+    loss: float
+    trained_tokens: int
+    stop: bool
+    written: bool
 
 
 @dataclass(frozen=True)
@@ -37,14 +55,22 @@ class Training:
     config: TrainConfig
     layout: Layout
     steps: int
-    objective: ModuleType  # one of `objectives`
+    loss: Callable[..., Any]  # of the objective
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     batches: Batches
     validation: Batches
     reporter: Reporter
     checkpoints: Path
+    saver: Saver
     start: Position
+    began: float = field(default_factory=time.monotonic)
+
+    @property
+    def is_out_of_time(self) -> bool:
+        """Whether --stop-after has passed."""
+        minutes = self.config.output.stop_after
+        return bool(minutes) and time.monotonic() - self.began > 60 * minutes
 
     @property
     def state(self) -> RunState:
@@ -71,27 +97,46 @@ def train(run: Training) -> Path:
     config = run.chunks[0].config  # all chunks share it
     config.finalize_model_grads_func = finalize_model_grads
     config.grad_scale_func = run.optimizer.scale_loss
-    saved = run.checkpoints
+    with prefetched(upcoming(run)) as batches:
+        return _take_steps(run, batches)
+
+
+def upcoming(run: Training) -> Iterator[MicroBatch]:
+    """Yield this rank's micro batches of all steps that are left, step after step."""
     for index in range(run.start.step, run.steps):
-        figures, stop = train_step(run, index)
+        yield from _shares(run, run.batches.micro_batches(run.batches.row_numbers(run.consumed(index))))
+
+
+def _take_steps(run: Training, batches: Iterator[MicroBatch]) -> Path:
+    output = run.config.output
+    for index in range(run.start.step, run.steps):
+        figures, outcome = train_step(run, index, batches)
         run.reporter.step(figures)
-        last = figures.step == run.steps
-        save_due = last or _is_due(figures.step, run.config.output.save_interval)
-        if save_due or stop:
-            saved = _save(run, figures.step)
-        if not stop and (save_due or _is_due(figures.step, run.config.output.eval_interval)):
-            stop = _validate(run, figures.step)
-            if stop and saved.name != step_name(figures.step):
-                saved = _save(run, figures.step)
+        step, stop, last = figures.step, outcome.stop, figures.step == run.steps
+        due = last or _is_due(step, output.save_interval)
+        saves = last or (due and not stop)
+        if saves:
+            _save(run, step, background=output.background_save and not last)
+        elif outcome.written:
+            run.saver.finish()
+        if not stop and (due or _is_due(step, output.eval_interval)):
+            stop = _validate(run, step)
         if stop and not last:
+            if not saves:
+                _save(run, step, background=False)
+            run.saver.finish(required=True)
             raise InterruptedRun(
-                f"stopped after step {figures.step} of {run.steps}, saved as {saved}; the same line goes on from there"
+                f"stopped after step {step} of {run.steps}, saved as {run.checkpoints / step_name(step)}; "
+                "the same line goes on from there"
             )
-    return saved
+    return run.checkpoints / step_name(run.steps)
 
 
-def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
-    """Take optimizer step `index` (from 0); return its figures and whether any rank was asked to stop."""
+def train_step(run: Training, index: int, batches: Iterator[MicroBatch]) -> tuple[StepFigures, Outcome]:
+    """Take optimizer step `index` (from 0) on the next of `batches`, which are those of `upcoming`.
+
+    Returns its figures and what the ranks said on the way.
+    """
     started, settings = time.monotonic(), run.config.optimizer
     rate = learning_rate(
         index + 1, steps=run.steps, warmup=settings.warmup_iters, peak=settings.lr, floor=settings.min_lr
@@ -101,32 +146,32 @@ def train_step(run: Training, index: int) -> tuple[StepFigures, bool]:
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     numbers = run.batches.row_numbers(run.consumed(index))
-    loss, trained, stop = _forward_backward(run, run.batches.micro_batches(numbers), forward_only=False)
-    _require_finite("loss", loss, run, index)
-    grad_norm = _optimizer_step(run, index)
-    tokens = sum(sample.length for number in numbers for sample in run.batches.rows.rows[number])
-    figures = StepFigures(index + 1, loss, rate, grad_norm, tokens, trained, time.monotonic() - started)
-    return figures, stop
+    outcome = _forward_backward(run, batches, forward_only=False)
+    if not math.isfinite(outcome.loss):
+        _not_finite("loss", outcome.loss, run, index)
+    grad_norm = _optimizer_step(run, index) if math.isfinite(outcome.loss) else None
+    tokens = run.batches.rows.tokens_in(numbers)
+    seconds = time.monotonic() - started
+    return StepFigures(index + 1, outcome.loss, rate, grad_norm, tokens, outcome.trained_tokens, seconds), outcome
 
 
 def _optimizer_step(run: Training, index: int) -> float | None:
     """Update the weights; return the gradient norm, None when fp16 overflowed and the step was skipped."""
     updated, grad_norm, _ = run.optimizer.step()
-    if updated:
-        _require_finite("gradient norm", float(grad_norm), run, index)
-        return float(grad_norm)
-    if run.optimizer.get_loss_scale().item() <= 1.0:
-        _require_finite("gradient", math.inf, run, index)
-    return None
+    if not updated and run.optimizer.get_loss_scale().item() <= 1.0:
+        _not_finite("gradient", math.inf, run, index, spoiled=True)
+    if updated and not math.isfinite(grad_norm):
+        _not_finite("gradient norm", float(grad_norm), run, index, spoiled=True)
+    return float(grad_norm) if updated else None
 
 
 def _validate(run: Training, step: int) -> bool:
     """Report the validation loss; return whether a stop was requested, which ends it unfinished."""
-    result = evaluate(run)
+    with run.reporter.doing(VALIDATING):
+        result = evaluate(run)
     if result is None:
         return True
     run.reporter.validated(step, *result)
-    run.reporter.draw()
     return False
 
 
@@ -139,8 +184,8 @@ def evaluate(run: Training) -> tuple[float, int] | None:
     _switch_to(run, training=False)
     with torch.no_grad():
         for batches in run.validation.evaluation():
-            loss, trained, stop = _forward_backward(run, batches, forward_only=True)
-            total, tokens = total + loss * trained, tokens + trained
+            one = _forward_backward(run, _shares(run, batches), forward_only=True)
+            total, tokens, stop = total + one.loss * one.trained_tokens, tokens + one.trained_tokens, one.stop
             if stop:
                 break
     _switch_to(run, training=True)
@@ -152,54 +197,66 @@ def _switch_to(run: Training, *, training: bool) -> None:
         chunk.train(training)
 
 
-def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> tuple[float, int, bool]:
-    """Run one global batch; return its mean loss, its trained tokens, and whether a rank was asked to stop."""
+def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> Outcome:
+    """Run one global batch, forward only or backward too."""
     micro, several = run.config.batch.micro_batch_size, len(run.chunks) > 1
-    shares = (share_of(batch, rank=context_rank(), size=run.layout.context) for batch in batches)
+    mine = islice(batches, run.layout.micro_batches)
     results = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, run.objective),
-        data_iterator=list(tee(shares, len(run.chunks))) if several else shares,
+        forward_step_func=partial(forward_step, run.loss),
+        data_iterator=list(tee(mine, len(run.chunks))) if several else mine,
         model=run.chunks,
         num_microbatches=run.layout.micro_batches,
         # Packed rows lie end to end: one long row in the eyes of megatron-core.
-        seq_length=micro * row_length(run.config.data.seq_len, run.layout),
+        seq_length=micro * (run.validation if forward_only else run.batches).row_length,
         micro_batch_size=1,
         forward_only=forward_only,
     )
-    mine = [0.0, 0.0]
+    said = [0.0, 0.0]
     if speaks_for_its_tokens():
-        mine = [float(sum(result[key] for result in results)) for key in ("loss", "trained_tokens")]
-    loss, trained, stop = sum_over_ranks([*mine, float(stop_requested())])
-    return loss / max(trained, 1.0), int(trained), stop > 0
+        said = [float(sum(result[key] for result in results)) for key in ("loss", "trained_tokens")]
+    stop = stop_requested() or run.is_out_of_time
+    loss, trained, stopping, written = sum_over_ranks([*said, float(stop), float(run.saver.is_written)])
+    return Outcome(loss / max(trained, 1.0), int(trained), stopping > 0, written == run.layout.world)
+
+
+def _shares(run: Training, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    return (share_of(batch, rank=context_rank(), size=run.layout.context) for batch in batches)
 
 
 def forward_step(
-    objective: ModuleType, batches: Iterator[MicroBatch], model: torch.nn.Module
+    loss: Callable[..., Any], batches: Iterator[MicroBatch], model: torch.nn.Module
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
     """Run the next micro batch through `model`; return its output and the function that makes the loss of it."""
     batch = next(batches).cuda()
     output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
-    return output, partial(objective.loss, batch=batch)
+    return output, partial(loss, batch=batch)
 
 
-def _require_finite(what: str, value: float, run: Training, index: int) -> None:
-    if math.isfinite(value):
+def _not_finite(what: str, value: float, run: Training, index: int, *, spoiled: bool = False) -> None:
+    """Write the batch down, then raise NumericsError, unless the step may be skipped and the weights are whole.
+
+    All ranks call it. `spoiled` says that the weights are not.
+    """
+    numbers = run.batches.row_numbers(run.consumed(index))
+    dump = run.checkpoints / f"not-finite-step-{index + 1}.json"
+    if rank() == 0:
+        write_text(dump, json.dumps({"step": index + 1, what: str(value), "rows": run.batches.rows.dump(numbers)}))
+    earlier = sum(not math.isfinite(figures.loss) for figures in run.reporter.history)
+    allowed = run.config.optimizer.max_nonfinite
+    said = f"step {index + 1}: the {what} is {value}; rows {', '.join(map(str, numbers))}, written to {dump}"
+    if earlier + 1 < allowed and not spoiled:
+        run.reporter.say(f"{said}. The step is skipped ({earlier + 1} of {allowed} before the run ends)")
         return
-    rows = ", ".join(map(str, run.batches.row_numbers(run.consumed(index))))
+    run.saver.finish()
     steps = step_folders(run.checkpoints)
-    good = f"the last good checkpoint is {steps[-1]}" if steps else "no checkpoint was written yet"
-    raise NumericsError(
-        f"step {index + 1}: the {what} is {value}; {good}. Rows of this batch: {rows}. "
-        "A lower --lr, or --precision fp32, is what usually helps"
-    )
+    good = f"The last good checkpoint is {steps[-1]}" if steps else "No checkpoint was written yet"
+    raise NumericsError(f"{said}. {good}. A lower --lr, or --precision fp32, is what usually helps")
 
 
-def _save(run: Training, step: int) -> Path:
-    position = Position(step, run.consumed(step))
-    saved = save_step(run.checkpoints, run.state, position, keep_last=run.config.output.keep_last)
-    run.reporter.draw()
-    run.reporter.say(f"saved {saved}")
-    return saved
+def _save(run: Training, step: int, *, background: bool) -> None:
+    gather_weights(run.chunks)
+    with run.reporter.doing(SAVING):
+        run.saver.save(run.state, Position(step, run.consumed(step)), background=background)
 
 
 def _is_due(step: int, interval: int) -> bool:
