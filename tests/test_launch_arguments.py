@@ -9,14 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from toolkits.foundation.errors import CheckpointError, DataError, TemperError, UsageError
+from conversion.families import FAMILIES
+from toolkits.foundation.errors import CheckpointError, DataError, MachineError, TemperError, UsageError
 from toolkits.launch import checks
 from toolkits.launch.__main__ import launch
-from toolkits.launch.arguments import CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry
+from toolkits.launch.arguments import CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry, Launcher
 from toolkits.launch.checks import Launch, check_call
-from toolkits.launch.kinds import NotBuiltYet, human_size
+from toolkits.launch.kinds import human_size
 from toolkits.launch.nodes import Nodes
-from toolkits.launch.table import MARKS, markdown_table
+from toolkits.launch.table import LAUNCHER_MARKS, MARKS, markdown_launchers, markdown_table
 from toolkits.training.config import all_settings
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -86,7 +87,7 @@ def test_the_seeds_line_becomes_these_settings() -> None:
     job = check()
     values = job.config.values()
     expected = {
-        "checkpoint": "CKPT", "data": Path("DATA"), "valid_data": Path("VALID"), "output": Path("OUT"),
+        "checkpoint": "CKPT", "data": "DATA", "valid_data": "VALID", "output": Path("OUT"),
         "micro_batch_size": 1, "global_batch_size": 8, "lr": 1e-5, "min_lr": 1e-6, "seq_len": 128,
         "precision": "bf16", "tensor_parallel": 1, "pipeline_parallel": 1, "sequence_parallel": True,
         "distributed_optimizer": True, "flash_attention": True, "save_interval": 100, "train_iters": 1000,
@@ -101,6 +102,7 @@ def test_the_seeds_line_becomes_these_settings() -> None:
     )
 
 
+OFFLOADS = {"false": "0", "static": "1", "auto": "auto", "0.3": "0.3"}
 CASES = [
     (entry, word, position)
     for position, entries in ((True, QWEN.positions), (False, (*VARIABLES, *CLUSTER_VARIABLES)))
@@ -111,13 +113,9 @@ CASES = [
 
 @pytest.mark.parametrize(("entry", "word", "position"), CASES, ids=[f"{entry.name}={word}" for entry, word, _ in CASES])
 def test_every_value_works_or_is_refused_by_name(entry: Entry, word: str, position: bool) -> None:
-    try:
-        entry.kind.read(word)
-    except NotBuiltYet:
-        error = refusal(**{entry.name: word}) if position else refusal({entry.name: word})
-        assert isinstance(error, UsageError)
-        assert entry.name in str(error) and repr(word) in str(error) and "not built yet" in str(error)
-        assert "problems" not in str(error)  # nothing else is wrong with this line
+    if word == "fp8":
+        error = refusal(PR=word)
+        assert isinstance(error, MachineError) and "this machine has no GPU; use bf16" in str(error)
         return
     if position and entry.kind.__class__.__name__ != "Text":
         call = dict(zip(NAMES, line(), strict=True)) | _companions(entry.name, word) | {entry.name: word}
@@ -132,6 +130,9 @@ def _companions(name: str, word: str) -> dict[str, str]:
     """Words that make `word` at `name` consistent with the rest of the line."""
     if name == "MODEL_SIZE":
         _fake_size(word)
+    if word == "raw":
+        Path("DATA").touch()
+        Path("VALID").touch()
     return {
         "GLOBAL_BATCH_SIZE": {"BATCH_SIZE": "1"},
         "SEQ_LEN": {"PAD_LEN": "2"},
@@ -139,7 +140,9 @@ def _companions(name: str, word: str) -> dict[str, str]:
         "LR": {"MIN_LR": "0"},
         "WORLD_SIZE": {"RANK": "0"},
         "MP_PP0_LAYERS": {"PP": "2"},
+        "MP_VP": {"PP": "7", "GLOBAL_BATCH_SIZE": "7"},
         "TRAIN_TOKENS_OR_ITERS": {"WARMUP_TOKENS_OR_ITERS": "0"},
+        "SFT": {"TRAIN_TOKENS_OR_ITERS": "1000000"},  # tokens, when it is false
     }.get(name, {})
 
 
@@ -173,12 +176,50 @@ def test_the_documented_values_are_the_ones_that_are_tried() -> None:
     assert len(QWEN.positions) == 25
 
 
-def test_the_table_names_real_settings_and_the_name_real_positions() -> None:
+@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=lambda launcher: launcher.model)
+def test_the_table_names_real_settings_and_the_name_real_positions(launcher: Launcher) -> None:
     fields = {setting.name for setting in all_settings()}
-    for entry in (*QWEN.positions, *VARIABLES):
+    for entry in (*launcher.positions, *VARIABLES):
         assert entry.setting is None or entry.setting in fields
-    parts = {part for _, part, _, _ in string.Formatter().parse(QWEN.name_shape) if part}
-    assert parts <= {*NAMES, "task", "model"}
+    parts = {part for _, part, _, _ in string.Formatter().parse(launcher.name_shape) if part}
+    assert parts <= {*(entry.name for entry in launcher.positions), "task", "model"}
+    assert {"EP", "ETP"} & parts == {"EP", "ETP"} & {entry.name for entry in launcher.positions}
+
+
+def test_every_family_keeps_the_order_that_its_users_know() -> None:
+    order = {word: [entry.name for entry in launcher.positions] for word, launcher in LAUNCHERS.items()}
+    assert all(order[word] == NAMES for word in ("qwen", "llama", "phi", "glm"))
+    for word in ("qwen2", "mistral", "deepseek_v2"):
+        assert order[word] == [*NAMES[:12], "EP", *NAMES[12:]], word
+    for word in ("qwen3", "deepseek_v3"):
+        assert order[word] == [*NAMES[:12], "ETP", "EP", *NAMES[12:]], word
+
+
+def test_a_family_has_a_launcher_or_does_not_train() -> None:
+    started = {family for launcher in LAUNCHERS.values() for family in launcher.families}
+    assert started <= {family.name for family in FAMILIES}
+    assert {family.name for family in FAMILIES if not family.never_exact} == started
+
+
+def test_the_wrong_launcher_for_a_checkpoint_names_the_right_one() -> None:
+    words = {"qwen": SEED_LINE, "qwen3": [*SEED_LINE[:12], "1", "1", *SEED_LINE[12:]]}
+    with pytest.raises(
+        UsageError, match="checkpoint is a qwen2, run_mcore_qwen3.sh is for qwen3 and qwen3_moe: use run_"
+    ):
+        check_call(LAUNCHERS["qwen3"], words["qwen3"], {})
+    with pytest.raises(UsageError, match="EP=2 needs a model with experts"):
+        check_call(LAUNCHERS["qwen2"], [*SEED_LINE[:12], "2", *SEED_LINE[12:]], {"NPROC_PER_NODE": "2"})
+    job = check_call(LAUNCHERS["qwen2"], [*SEED_LINE[:12], "1", *SEED_LINE[12:]], {})
+    assert "-cp-1-ep-1-ac-false-" in job.config.output.name
+
+
+def test_the_readme_lists_the_launchers() -> None:
+    opening, closing = LAUNCHER_MARKS
+    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert readme.split(opening)[1].split(closing)[0].strip() == markdown_launchers()
+    assert {launcher.script for launcher in LAUNCHERS.values()} == {
+        path.name for path in (REPOSITORY / "run_scripts").glob("run_mcore_*.sh")
+    }
 
 
 @pytest.mark.parametrize(
@@ -228,8 +269,10 @@ def test_missing_things_have_their_own_exit_codes() -> None:
 
 @pytest.mark.parametrize("spelling", ["DATA", "DATA_text_document", "DATA_text_document.bin"])
 def test_datasets_in_every_spelling_and_validation_on_the_same(spelling: str) -> None:
-    config = check(VALID_DATASET_PATH=spelling).config
-    assert config.data.valid_data == config.data.data == Path("DATA")
+    assert check(VALID_DATASET_PATH=spelling).config.data.valid_data == spelling
+    Path("DATA_text_document.bin").unlink()
+    error = refusal(VALID_DATASET_PATH=spelling)
+    assert str(error).count("DATA_text_document.bin missing") == 1, "one set, one complaint"
 
 
 @pytest.mark.parametrize("place", ["CKPT/hf", "CKPT/release", "CKPT"])
@@ -364,7 +407,8 @@ def test_the_readme_shows_this_table() -> None:
 
 
 def test_flags_that_the_checks_rest_on_are_not_taken_from_extra_args() -> None:
-    for flags in ("--checkpoint /elsewhere", "--name ../../esc", "--output=/elsewhere --lr 1"):
+    own = ("--checkpoint /elsewhere", "--name ../../esc", "--output=/elsewhere --lr 1", "--seq-len=2", "--rows x")
+    for flags in own:
         assert "the positions and variables say that" in str(refusal({"EXTRA_ARGS": flags}))
 
 
@@ -375,8 +419,50 @@ def test_resume_recompute_and_uneven_stages_reach_the_settings() -> None:
     assert (config.compute.recompute_layers, config.layout.first_stage_layers) == (2, 4)
 
 
+def test_context_virtual_stages_and_offload_reach_the_settings() -> None:
+    words = {"CP": "2", "PP": "2", "GLOBAL_BATCH_SIZE": "8"}
+    config = check({"MP_VP": "7"}, OPTIMIZER_OFFLOAD="static", **words).config
+    assert (config.layout.context_parallel, config.layout.virtual_stage_layers) == (2, 7)
+    assert check(CP="2").ranks == 2, "without a GPU, TP x PP x CP ranks"
+    offloads = {word: check(OPTIMIZER_OFFLOAD=word).config.optimizer.optimizer_offload for word in OFFLOADS}
+    assert offloads == OFFLOADS
+    assert "OPTIMIZER_OFFLOAD needs DO" in str(refusal(OPTIMIZER_OFFLOAD="auto", DO="false"))
+
+
 def test_every_entry_is_a_setting_or_the_launchers_own_business() -> None:
-    own = {"ENV", "MODEL_SIZE", "PAD_LEN", "CP", "SFT", "OPTIMIZER_OFFLOAD", "DRY_RUN", "EXTRA_ARGS", "NPROC_PER_NODE"}
-    own |= {"MP_DATASET_TYPE", "MP_VP"}
+    own = {"ENV", "MODEL_SIZE", "PAD_LEN", "SFT", "DRY_RUN", "EXTRA_ARGS", "NPROC_PER_NODE"}
+    own |= {"MP_DATASET_TYPE"}
     entries = (*QWEN.positions, *VARIABLES)
     assert {entry.name for entry in entries if entry.setting is None} == own
+
+
+def test_pre_training_counts_tokens_and_keeps_them_in_the_name(monkeypatch, capsys) -> None:
+    tokens = {"SFT": "false", "TRAIN_TOKENS_OR_ITERS": "1000000", "WARMUP_TOKENS_OR_ITERS": "10000"}
+    job = check(**tokens)
+    assert (job.config.data.rows, job.call.objective.word) == ("documents", "pretrain")
+    assert (job.config.batch.train_iters, job.config.optimizer.warmup_iters) == (977, 10)  # of 8 x 128 tokens each
+    assert job.config.output.name.startswith("pretrain-mcore-qwen2.5-7B-lr-1e-5-")
+    assert job.config.output.name.endswith("-ti-1000000-wi-10000")
+    monkeypatch.setenv("DRY_RUN", "1")
+    assert launch(["qwen", *line(**tokens)]) == 0
+    out, err = capsys.readouterr()
+    assert " -m toolkits.training pretrain " in out and "--rows documents" in out and "--train-iters 977" in out
+    assert "  tokens   1,000,000 = 977 steps of 1,024; 10,000 of warm-up = 10 steps\n" in err
+    error = refusal(**tokens | {"WARMUP_TOKENS_OR_ITERS": "999999"})
+    assert "WARMUP_TOKENS_OR_ITERS 977 leaves nothing of TRAIN_TOKENS_OR_ITERS 977" in str(error)
+    assert "(steps of 1,024 tokens)" in str(error)
+    assert "is for conversations" in str(refusal({"MP_SFT_PACKING": "false"}, **tokens))
+    config = check({"EPOCHS": "2"}, **tokens).config
+    assert (config.batch.train_iters, config.batch.epochs, config.optimizer.warmup_iters) == (0, 2.0, 10)
+
+
+def test_a_blend_stands_in_one_word_and_each_of_its_sets_must_be_there() -> None:
+    config = check(DATASET_PATH="0.7 DATA 0.3 VALID", VALID_DATASET_PATH="VALID").config
+    assert config.data.data == "0.7 DATA 0.3 VALID"
+    error = refusal(DATASET_PATH="0.7 DATA 0.3 gone", VALID_DATASET_PATH="1 gone 1 lost")
+    assert isinstance(error, DataError) and "DATA " not in str(error)
+    assert "DATASET_PATH gone: gone_text_document.bin and gone_text_document.idx missing" in str(error)
+    assert "VALID_DATASET_PATH lost: " in str(error) and str(error).count("gone_text_document.bin") == 1
+    error = refusal(DATASET_PATH="0.7 DATA VALID")
+    assert re.search(r"DATASET_PATH \(position 20\) '0.7 DATA VALID' .*is no blend: it must be WEIGHT PATH", str(error))
+    assert error.exit_code == 2

@@ -16,8 +16,9 @@ from training_world import ROOT, flags, run_cases, write_dataset, write_model
 
 from conversion import hf_to_mcore
 from toolkits.foundation.errors import CheckpointError, DataError, MachineError, UsageError
+from toolkits.training.blend import Part
 from toolkits.training.config import DataSettings, ModelSettings
-from toolkits.training.sources import find_data, find_model, validates_on_training_data
+from toolkits.training.sources import find_data, find_model, same_set
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_validation_equal_to_training_holds_one_percent_out(inputs):
     model = find_model(ModelSettings(checkpoint=str(inputs["model"])))
     for valid in (None, inputs["data"]):
         data = find_data(DataSettings(data=inputs["data"], valid_data=valid, seq_len=128), model)
-        conversations = [sum(len(row) for row in rows.rows) for rows in (data.training, data.validation)]
+        conversations = [len(rows.parts[0].documents) for rows in (data.training, data.validation)]
         assert conversations == [39, 1]
         assert "1 of 40 conversations are held out to validate" in data.remarks[0]
 
@@ -108,8 +109,8 @@ def test_the_same_data_by_another_spelling_is_held_out_from_too(inputs, tmp_path
     data = inputs["data"]
     for valid in (tmp_path / "link" / "data", data.with_name("data_text_document"), data.parent / "x" / ".." / "data"):
         (data.parent / "x").mkdir(exist_ok=True)
-        assert validates_on_training_data(DataSettings(data=data, valid_data=valid))
-    assert not validates_on_training_data(DataSettings(data=data, valid_data=data.with_name("other")))
+        assert same_set(Part(data), Part(valid))
+    assert not same_set(Part(data), Part(data.with_name("other")))
 
 
 def test_only_conversations_that_fit_are_held_out(inputs):

@@ -18,7 +18,7 @@ MODEL = {"num_layers": 28, "num_attention_heads": 28, "num_query_groups": 4, "ff
 
 
 def config(**values):
-    required = {"checkpoint": "ckpt", "data": Path("data"), "output": Path("out"), "train_iters": 10}
+    required = {"checkpoint": "ckpt", "data": "data", "output": Path("out"), "train_iters": 10}
     return TrainConfig.from_values(required | values)
 
 
@@ -37,7 +37,7 @@ def parsed(words):
 
 
 def test_flags_say_exactly_what_the_config_holds():
-    changed = {"packing": False, "tensor_parallel": 2, "lr": 3e-4, "precision": "fp32", "valid_data": Path("a b")}
+    changed = {"packing": False, "tensor_parallel": 2, "lr": 3e-4, "precision": "fp32", "valid_data": "a b"}
     original = config(**changed)
     assert parsed(shlex.split(shlex.join(original.flags()))) == original
 
@@ -63,7 +63,10 @@ def test_a_config_names_all_its_problems_at_once():
         ({"min_lr": 2e-5}, "--min-lr 2e-05 is larger than --lr 1e-05"),
         ({"train_iters": 0}, "either --train-iters or --epochs"),
         ({"epochs": 1.0}, "either --train-iters or --epochs"),
-        ({"precision": "fp8"}, "--precision is fp8, must be one of bf16, fp16, fp32"),
+        ({"precision": "int8"}, "--precision is int8, must be one of bf16, fp16, fp32, fp8"),
+        ({"optimizer_offload": "1.5"}, "--optimizer-offload 1.5 must be a number from 0 to 1, or auto"),
+        ({"optimizer_offload": "1", "distributed_optimizer": False}, "--optimizer-offload needs --distributed-opt"),
+        ({"max_nonfinite": 0}, "--max-nonfinite is 0, must be a number of at least 1"),
     ],
 )
 def test_a_problem_is_said_with_its_numbers(values, message):

@@ -10,10 +10,12 @@ from safetensors.torch import load_file
 from training_world import flags, run_cases, write_dataset, write_model
 
 from data_preprocessing.dataset import open_dataset
-from toolkits.training.batches import Batches, fitting_samples, make_rows
+from toolkits.training.batches import Batches
+from toolkits.training.blend import Mix
 from toolkits.training.config import BatchSettings, DataSettings
 from toolkits.training.layout import Layout
 from toolkits.training.optimizer import learning_rate
+from toolkits.training.rows import Rows, make_rows, select
 
 STEPS = 20
 LAYOUT_STEPS = 6
@@ -80,6 +82,10 @@ def two_ranks(inputs, tmp_path_factory):
         "pp2": case(inputs, folder / "pp2", pipeline_parallel=2),
         "pp2-uneven": case(inputs, folder / "pp2-uneven", pipeline_parallel=2, first_stage_layers=1),
         "pp2-virtual": case(inputs, folder / "pp2-virtual", pipeline_parallel=2, virtual_stage_layers=1),
+        "cp2": case(inputs, folder / "cp2", context_parallel=2),
+        "cp2-exact": case(inputs, folder / "cp2-exact", context_parallel=2, flash_attention=False),
+        "cp2-apart": case(inputs, folder / "cp2-apart", context_parallel=2, global_batch_size=60, packing=False),
+        "cp2-bf16": case(inputs, folder / "cp2-bf16", context_parallel=2, precision="bf16"),
         "tp2-recompute": case(inputs, folder / "tp2-recompute", tensor_parallel=2, recompute="full"),
         "tp2-fp16": case(inputs, folder / "tp2-fp16", tensor_parallel=2, precision="fp16"),
         "dp2": case(inputs, folder / "dp2"),
@@ -99,6 +105,11 @@ def four_ranks(inputs, tmp_path_factory):
     cases = {
         "tp2-pp2": case(inputs, folder / "tp2-pp2", **parallel),
         "tp2-dp2": case(inputs, folder / "tp2-dp2", tensor_parallel=2),
+        "tp2-cp2": case(inputs, folder / "tp2-cp2", tensor_parallel=2, context_parallel=2),
+        "pp2-cp2-virtual": case(
+            inputs, folder / "pp2-cp2-virtual", pipeline_parallel=2, context_parallel=2, virtual_stage_layers=1
+        ),
+        "cp2-dp2": case(inputs, folder / "cp2-dp2", context_parallel=2),
         "pp2-dp2-plain": case(inputs, folder / "pp2-dp2-plain", pipeline_parallel=2, distributed_optimizer=False),
     }
     return folder, run_cases(folder / "world", 4, cases)
@@ -106,9 +117,12 @@ def four_ranks(inputs, tmp_path_factory):
 
 def packed_rows(inputs):
     """Return how many packed rows all of the training data makes."""
-    dataset = open_dataset(inputs["data"])
+    return len(rows_of(inputs))
+
+
+def rows_of(inputs):
     settings = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
-    return len(make_rows(dataset, fitting_samples(dataset, settings)[0], settings))
+    return Rows((make_rows(select(open_dataset(inputs["data"]), settings)[0], settings),), Mix((1,)))
 
 
 def reference_losses(inputs, model, *, shift=0):
@@ -116,25 +130,24 @@ def reference_losses(inputs, model, *, shift=0):
 
     `shift` moves the loss mask: 1 is the classic off-by-one.
     """
-    from transformers import Qwen2ForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    network = Qwen2ForCausalLM.from_pretrained(inputs[model], dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(inputs[model], dtype=torch.float32)
     decayed = [weight for weight in network.parameters() if weight.dim() > 1]
     plain = [weight for weight in network.parameters() if weight.dim() == 1]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
-    dataset = open_dataset(inputs["data"])
-    data = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
-    rows = make_rows(dataset, fitting_samples(dataset, data)[0], data)
+    dataset, rows = open_dataset(inputs["data"]), rows_of(inputs)
     sizes = BatchSettings(micro_batch_size=MICRO, global_batch_size=GLOBAL)
-    batches = Batches(rows, sizes, Layout(1, 1, 1, False, GLOBAL // MICRO), replica=0, seed=data.seed)
+    batches = Batches(rows, sizes, Layout(1, 1, 1, False, GLOBAL // MICRO), replica=0, seed=1234)
     losses = []
     for step in range(STEPS):
         rate = learning_rate(step + 1, steps=STEPS, warmup=3, peak=1e-3, floor=1e-4)
         total, trained = 0.0, 0
-        for sample in (sample for number in batches.row_numbers(step * GLOBAL) for sample in rows.rows[number]):
-            tokens = torch.from_numpy(dataset.tokens(sample.index).astype(np.int64))
-            mask = np.roll(dataset.mask(sample.index), shift)[1:]
+        numbers = batches.row_numbers(step * GLOBAL)
+        for document, *_ in (segment for number in numbers for segment in rows.parts[0].segments(number)):
+            tokens = torch.from_numpy(dataset.tokens(document).astype(np.int64))
+            mask = np.roll(dataset.mask(document), shift)[1:]
             logits = network(tokens[None, :-1]).logits[0]
             each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
             total, trained = total + (each * torch.from_numpy(mask.astype(np.float32))).sum(), trained + int(mask.sum())
@@ -189,6 +202,12 @@ def test_a_packed_row_equals_its_conversations_trained_apart(alone):
     assert largest_relative(exported(folder, "all-packed"), exported(folder, "all-apart")) < 1e-4
 
 
+def test_context_parallelism_without_packing_trains_the_same_model(alone, two_ranks):
+    (single_folder, single), (folder, histories) = alone, two_ranks
+    assert losses(histories["cp2-apart"]) == pytest.approx(losses(single["all-apart"]), abs=1e-4)
+    assert largest_relative(exported(folder, "cp2-apart"), exported(single_folder, "all-apart")) < 1e-3
+
+
 def test_the_exact_attention_agrees_with_the_fused_one(alone):
     folder, histories = alone
     assert losses(histories["reference-attention"]) == pytest.approx(losses(histories["short"]), abs=1e-5)
@@ -203,11 +222,16 @@ def test_the_exact_attention_agrees_with_the_fused_one(alone):
         ("two_ranks", "pp2"),
         ("two_ranks", "pp2-uneven"),
         ("two_ranks", "pp2-virtual"),
+        ("two_ranks", "cp2"),
+        ("two_ranks", "cp2-exact"),
         ("two_ranks", "tp2-recompute"),
         ("two_ranks", "dp2"),
         ("two_ranks", "dp2-plain"),
         ("four_ranks", "tp2-pp2"),
         ("four_ranks", "tp2-dp2"),
+        ("four_ranks", "tp2-cp2"),
+        ("four_ranks", "pp2-cp2-virtual"),
+        ("four_ranks", "cp2-dp2"),
         ("four_ranks", "pp2-dp2-plain"),
     ],
 )
@@ -291,7 +315,7 @@ def test_bf16_follows_fp32(alone, two_ranks):
     _, single = alone
     _, double = two_ranks
     assert losses(single["bf16"]) == pytest.approx(losses(single["short"]), abs=0.05)
-    for name in ("tp2-bf16", "pp2-bf16", "dp2-bf16"):
+    for name in ("tp2-bf16", "pp2-bf16", "dp2-bf16", "cp2-bf16"):
         assert losses(double[name]) == pytest.approx(losses(single["bf16"]), abs=0.005)
     assert losses(single["bf16"]) != losses(single["short"])
 

@@ -10,6 +10,7 @@ import random
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -96,10 +97,11 @@ def flags(**values):
     return words
 
 
-def run_cases(folder, ranks, cases):
+def run_cases(folder, ranks, cases, *, script=__file__):
     """Run each case (a list of flags) on `ranks` ranks, one after the other; return the histories by name.
 
-    A history is a list of step figures as dicts. A case that fails fails the whole world.
+    A history is a list of step figures as dicts. A case that fails fails the whole world. `script` is what a
+    rank runs: it calls `rank_main` in the end.
     """
     folder.mkdir(exist_ok=True)
     ports = free_ports(len(cases))
@@ -115,13 +117,13 @@ def run_cases(folder, ranks, cases):
             "WORLD_SIZE": str(ranks),
             "MASTER_ADDR": "127.0.0.1",
             "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
         }
-        command = [sys.executable, "-W", "ignore", __file__, str(folder / "cases.json")]
+        command = [sys.executable, "-W", "ignore", str(script), str(folder / "cases.json")]
         with open(folder / f"rank-{rank}.log", "wb") as log:
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
-        codes = [process.wait(timeout=400) for process in processes]
+        codes = wait(processes)
     finally:
         for process in processes:
             process.kill()
@@ -129,6 +131,16 @@ def run_cases(folder, ranks, cases):
     logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(ranks))
     assert codes == [0] * ranks, logs
     return {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
+
+
+def wait(processes, seconds=400):
+    """Return the exit codes; when one rank fails, the others would wait for it."""
+    ends = time.monotonic() + seconds
+    while time.monotonic() < ends and any(process.poll() is None for process in processes):
+        if any(process.poll() for process in processes):
+            break
+        time.sleep(0.05)
+    return [process.poll() for process in processes]
 
 
 def free_ports(count):
@@ -147,13 +159,13 @@ def is_free(port):
 
 
 def rank_main(cases):
-    from toolkits.training.objectives import sft
+    from toolkits.training.objectives import OBJECTIVES
     from toolkits.training.options import parse_flags
     from toolkits.training.run import run
 
     for case in json.loads(cases.read_text()):
         os.environ["MASTER_PORT"] = str(case["port"])
-        history = run(parse_flags(case["flags"]), sft)
+        history = run(parse_flags(case["flags"]), OBJECTIVES[case.get("objective", "sft")])
         if os.environ["RANK"] == "0":
             figures = [dataclasses.asdict(step) for step in history]
             (cases.parent / f"{case['name']}.json").write_text(json.dumps(figures))

@@ -1,11 +1,13 @@
 """`temper train`: start a run on this machine, or be one rank of it."""
 
+import shlex
 import sys
 from typing import Any
 
 import click
 
 from ..training.config import TrainConfig
+from ..training.objectives import OBJECTIVES, Objective
 from ..training.options import settings_options
 
 
@@ -14,18 +16,28 @@ def train() -> None:
     """Tune a model with Megatron-core."""
 
 
-@train.command("sft")
-@settings_options
-@click.option(
-    "--ranks", type=click.IntRange(min=1), help="Ranks on this machine; default: its GPUs, or TP x PP without one."
-)
-def sft(ranks: int | None, **values: Any) -> None:
-    """Supervised fine-tuning of all parameters."""
-    from ..launch.elastic import start_ranks
-    from ..launch.ranks import ranks_of_machine
+def _command(objective: Objective) -> click.Command:
+    defaults = {"rows": objective.rows, "name": objective.word}
 
-    config = TrainConfig.from_values(values)
-    config.check()
-    layout = config.layout
-    count = ranks or ranks_of_machine(layout.tensor_parallel * layout.pipeline_parallel)
-    sys.exit(start_ranks(["sft", *config.flags()], ranks=count))
+    @click.command(objective.word, help=objective.help, context_settings={"default_map": defaults})
+    @settings_options
+    @click.option(
+        "--ranks",
+        type=click.IntRange(min=1),
+        help="Ranks on this machine; default: its GPUs, or TP x PP x CP without one.",
+    )
+    def command(ranks: int | None, **values: Any) -> None:
+        from ..launch.job import start_run
+        from ..launch.ranks import ranks_of_machine
+
+        config = TrainConfig.from_values(values)
+        config.check()
+        count = ranks or ranks_of_machine(config.layout.model_parallel)
+        line = shlex.join(["temper", *sys.argv[1:]])
+        sys.exit(start_run(objective.word, config, ranks=count, line=line))
+
+    return command
+
+
+for each in OBJECTIVES.values():
+    train.add_command(_command(each))

@@ -7,9 +7,11 @@ launcher of another family is a Launcher here and a script of two lines in run_s
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..training.blend import parse_blend
 from .kinds import SWITCH, Integer, Kind, ModelSize, Number, Offload, OneOf, Text, words
 from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes
 
+DATASETS = Text("prefix, or '0.7 A 0.3 B'", check=parse_blend)
 RECOMPUTE = {"false": "none", "none": "none", "full": "full", "sel": "selective", "offload": "offload"}
 
 
@@ -26,20 +28,35 @@ class Entry:
 
 @dataclass(frozen=True)
 class Launcher:
-    """A launcher: its positions in the order that its users know, and the model's name in NAME."""
+    """A launcher: the families it starts, the model's name in NAME, and its positions in the order that users know."""
 
     script: str
+    families: tuple[str, ...]  # of conversion/families
     model: str
     positions: tuple[Entry, ...]
-    name_shape: str
 
-    def run_name(self, typed: Mapping[str, str]) -> str:
+    @property
+    def name_shape(self) -> str:
+        """How NAME is put together: as people's scripts parse it."""
+        said = {entry.name for entry in self.positions}
+        experts = "".join(f"-{name.lower()}-{{{name}}}" for name in ("ETP", "EP") if name in said)
+        return (
+            "{task}-mcore-{model}-{MODEL_SIZE}-lr-{LR}-minlr-{MIN_LR}-bs-{BATCH_SIZE}-gbs-{GLOBAL_BATCH_SIZE}"
+            f"-seqlen-{{SEQ_LEN}}-pr-{{PR}}-tp-{{TP}}-pp-{{PP}}-cp-{{CP}}{experts}-ac-{{AC}}-do-{{DO}}-sp-{{SP}}"
+            "-ti-{TRAIN_TOKENS_OR_ITERS}-wi-{WARMUP_TOKENS_OR_ITERS}"
+        )
+
+    def run_name(self, typed: Mapping[str, str], *, task: str) -> str:
         """Return NAME for the words `typed`, by the name of their position."""
-        return self.name_shape.format(task="finetune", model=self.model, **typed)
+        return self.name_shape.format(task=task, model=self.model, **typed)
 
 
-def _dense(sizes: tuple[str, ...]) -> tuple[Entry, ...]:
-    """The 25 positions of a dense decoder."""
+EP = Entry("EP", Integer(), "expert parallel ranks, out of TP x CP x DP; 1 without experts", "expert_parallel")
+ETP = Entry("ETP", Integer(), "ranks that share an expert; 1 without experts", "expert_tensor_parallel")
+
+
+def _positions(sizes: str, *experts: Entry) -> tuple[Entry, ...]:
+    """The 25 positions of a dense decoder; `experts` come after CP."""
     return (
         Entry(
             "ENV",
@@ -47,54 +64,74 @@ def _dense(sizes: tuple[str, ...]) -> tuple[Entry, ...]:
             "dsw: this machine, every visible GPU, else CPU ranks (NPROC_PER_NODE, or TP x PP x CP); "
             "dlc: one node of a container job",
         ),
-        Entry("MODEL_SIZE", ModelSize(sizes), "checked against the checkpoint's config.json, within 25%"),
+        Entry(
+            "MODEL_SIZE", ModelSize(tuple(sizes.split())), "checked against the checkpoint's config.json, within 25%"
+        ),
         Entry("BATCH_SIZE", Integer(), "micro batch of a data-parallel rank", "micro_batch_size"),
         Entry("GLOBAL_BATCH_SIZE", Integer(), "a multiple of BATCH_SIZE x DP", "global_batch_size"),
         Entry("LR", Number(), "peak of the cosine, after the warm-up", "lr"),
         Entry("MIN_LR", Number(), "reached at the last iteration", "min_lr"),
         Entry("SEQ_LEN", Integer(2), "tokens in a row, whatever the dataset was built with", "seq_len"),
-        Entry("PAD_LEN", Integer(), "padding length of raw JSON data, at most SEQ_LEN"),
-        Entry("PR", words("bf16", "fp16", "fp32", not_built=("fp8",)), "number format", "precision"),
+        Entry("PAD_LEN", Integer(), "at most SEQ_LEN; nothing is padded to it"),
+        Entry(
+            "PR",
+            words("bf16", "fp16", "fp32", "fp8"),
+            "number format; fp8 needs a GPU that can",
+            "precision",
+        ),
         Entry("TP", Integer(), "tensor parallel ranks", "tensor_parallel"),
         Entry("PP", Integer(), "pipeline stages", "pipeline_parallel"),
-        Entry("CP", Integer(built_to=1), "context parallel ranks"),
+        Entry("CP", Integer(), "context parallel ranks", "context_parallel"),
+        *experts,
         Entry("SP", SWITCH, "sequence parallel; off at TP=1", "sequence_parallel"),
         Entry("DO", SWITCH, "distributed optimizer (ZeRO-1)", "distributed_optimizer"),
         Entry("FL", SWITCH, "flash attention, or the exact reference path", "flash_attention"),
-        Entry("SFT", OneOf({"true": True}, ("false",)), "fine-tuning; false: continued pre-training"),
+        Entry("SFT", OneOf({"true": "sft", "false": "pretrain"}), "fine-tuning; false: continued pre-training on text"),
         Entry(
             "AC", OneOf(RECOMPUTE), "activations: kept, recomputed (all, the attention) or in CPU memory", "recompute"
         ),
-        Entry("OPTIMIZER_OFFLOAD", Offload(), "optimizer state in CPU memory"),
+        Entry(
+            "OPTIMIZER_OFFLOAD", Offload(), "optimizer state in CPU memory: none, all, what has to", "optimizer_offload"
+        ),
         Entry("SAVE_INTERVAL", Integer(0), "iterations between checkpoints; 0: only the last", "save_interval"),
-        Entry("DATASET_PATH", Text("prefix"), "P, P_text_document or P_text_document.bin", "data"),
-        Entry("VALID_DATASET_PATH", Text("prefix"), "the same as DATASET_PATH: 1% of that is held out", "valid_data"),
+        Entry("DATASET_PATH", DATASETS, "P, P_text_document or P_text_document.bin; a blend in one word", "data"),
+        Entry("VALID_DATASET_PATH", DATASETS, "1% is held out of what stands in DATASET_PATH too", "valid_data"),
         Entry(
             "PRETRAIN_CHECKPOINT_PATH",
             Text("mcore dir, HuggingFace dir, or none"),
             "none: random weights, needs HF_CONFIG",
             "checkpoint",
         ),
-        Entry("TRAIN_TOKENS_OR_ITERS", Integer(), "iterations", "train_iters"),
-        Entry("WARMUP_TOKENS_OR_ITERS", Integer(0), "iterations of warm-up, part of those", "warmup_iters"),
+        Entry("TRAIN_TOKENS_OR_ITERS", Integer(), "iterations; with SFT=false tokens", "train_iters"),
+        Entry("WARMUP_TOKENS_OR_ITERS", Integer(0), "warm-up, part of those, counted likewise", "warmup_iters"),
         Entry("OUTPUT_BASEPATH", Text("dir"), "checkpoint/NAME/, tensorboard/NAME_time/, log/NAME_time.log", "output"),
     )
 
 
-DENSE_NAME = (
-    "{task}-mcore-{model}-{MODEL_SIZE}-lr-{LR}-minlr-{MIN_LR}-bs-{BATCH_SIZE}-gbs-{GLOBAL_BATCH_SIZE}"
-    "-seqlen-{SEQ_LEN}-pr-{PR}-tp-{TP}-pp-{PP}-cp-{CP}-ac-{AC}-do-{DO}-sp-{SP}"
-    "-ti-{TRAIN_TOKENS_OR_ITERS}-wi-{WARMUP_TOKENS_OR_ITERS}"
-)
-
 LAUNCHERS = {
-    "qwen": Launcher(
-        script="run_mcore_qwen.sh",
-        model="qwen2.5",
-        positions=_dense(("0.5B", "1.5B", "3B", "7B", "14B", "32B", "72B")),
-        name_shape=DENSE_NAME,
-    )
+    "qwen": Launcher("run_mcore_qwen.sh", ("qwen2",), "qwen2.5", _positions("0.5B 1.5B 3B 7B 14B 32B 72B")),
+    "llama": Launcher("run_mcore_llama.sh", ("llama",), "llama3", _positions("1B 3B 8B 70B")),
+    "phi": Launcher("run_mcore_phi.sh", ("phi3",), "phi", _positions("3.8B 14B")),
+    "glm": Launcher("run_mcore_glm.sh", ("glm",), "glm4", _positions("9B")),
+    "qwen2": Launcher(
+        "run_mcore_qwen2.sh", ("qwen2", "qwen2_moe"), "qwen2", _positions("0.5B 1.5B 7B 72B 14.3B 57B", EP)
+    ),
+    "mistral": Launcher("run_mcore_mistral.sh", ("mistral", "mixtral"), "mistral", _positions("7B 12B 46.7B 141B", EP)),
+    "deepseek_v2": Launcher("run_mcore_deepseek_v2.sh", ("deepseek_v2",), "deepseek-v2", _positions("15.7B 236B", EP)),
+    "qwen3": Launcher(
+        "run_mcore_qwen3.sh",
+        ("qwen3", "qwen3_moe"),
+        "qwen3",
+        _positions("0.6B 1.7B 4B 8B 14B 32B 30.5B 235B", ETP, EP),
+    ),
+    "deepseek_v3": Launcher("run_mcore_deepseek_v3.sh", ("deepseek_v3",), "deepseek-v3", _positions("671B", ETP, EP)),
 }
+
+
+def launcher_of(family: str) -> Launcher | None:
+    """Return the first launcher of a family of conversion/families, or None: then `temper train` starts it."""
+    return next((launcher for launcher in LAUNCHERS.values() if family in launcher.families), None)
+
 
 VARIABLES = (
     Entry("MP_SFT_PACKING", SWITCH, "false: one conversation a row", "packing"),
@@ -106,9 +143,9 @@ VARIABLES = (
     Entry("EXTRA_ARGS", Text("flags"), "flags of `temper train sft` beside the positions"),
     Entry("HF_CONFIG", Text("dir"), "config and tokenizer when the checkpoint is none", "hf_config"),
     Entry("NPROC_PER_NODE", Integer(), "ranks on this machine"),
-    Entry("MP_DATASET_TYPE", words("idxmap", not_built=("raw",)), "what DATASET_PATH is"),
+    Entry("MP_DATASET_TYPE", words("idxmap", "raw"), "raw: DATASET_PATH is JSON, built under OUT/data first"),
     Entry("MP_AC_LAYERS", Integer(), "layers that AC=full recomputes at a time (1)", "recompute_layers"),
-    Entry("MP_VP", Integer(built_to=0), "layers of a virtual pipeline stage"),
+    Entry("MP_VP", Integer(), "layers of a virtual pipeline stage; unset: none", "virtual_stage_layers"),
     Entry("MP_PP0_LAYERS", Integer(), "layers of the first pipeline stage; unset: all the same", "first_stage_layers"),
 )
 

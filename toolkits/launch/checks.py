@@ -7,21 +7,36 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conversion.families import family_for
 from conversion.mcore_directory import hf_folder
-from conversion.plan import mcore_settings, plan_for, untrainable_reasons
+from conversion.plan import plan_for
+from conversion.settings import mcore_settings, untrainable_reasons
 from data_preprocessing.dataset import document_prefix
 
-from ..foundation.errors import CheckpointError, DataError, TemperError, UsageError, raise_all
+from ..foundation.errors import CheckpointError, DataError, MachineError, TemperError, UsageError, raise_all
+from ..training.blend import parse_blend
 from ..training.config import TrainConfig
 from ..training.layout import DIVIDED_BY_TENSOR_PARALLEL, layout_problems
-from .arguments import Launcher
+from .arguments import LAUNCHERS, Launcher
 from .kinds import human_size
 from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes, is_cluster, node_problems, nodes_of
-from .ranks import visible_gpus
+from .ranks import fp8_problem, visible_gpus
 from .reading import Call, in_words_of, read_call, settings_of
 
 SIZE_TOLERANCE = 0.25
-LAYOUT_WORDS = ("TP", "PP", "CP", "BATCH_SIZE", "GLOBAL_BATCH_SIZE", "NPROC_PER_NODE", GPUS_OF_NODE, "WORLD_SIZE")
+PAIR = (".bin", ".idx")
+LAYOUT_WORDS = (
+    "TP",
+    "PP",
+    "CP",
+    "EP",
+    "ETP",
+    "BATCH_SIZE",
+    "GLOBAL_BATCH_SIZE",
+    "NPROC_PER_NODE",
+    GPUS_OF_NODE,
+    "WORLD_SIZE",
+)
 SCHEDULE_WORDS = ("LR", "MIN_LR", "TRAIN_TOKENS_OR_ITERS", "WARMUP_TOKENS_OR_ITERS", "EPOCHS")
 
 
@@ -29,11 +44,11 @@ SCHEDULE_WORDS = ("LR", "MIN_LR", "TRAIN_TOKENS_OR_ITERS", "WARMUP_TOKENS_OR_ITE
 class Launch:
     """A call that passed every check; `ranks` are those of each of the `nodes`."""
 
+    call: Call
     config: TrainConfig
     ranks: int
     device: str
     num_parameters: int
-    dry_run: bool
     nodes: Nodes
 
     @property
@@ -57,6 +72,7 @@ def check_call(family: Launcher, given: Sequence[str], environment: Mapping[str,
         hf_config, parameters = None, 0
     size = call.typed["MODEL_SIZE"]
     problems += size_problems(call, parameters) if parameters else []
+    problems += family_problems(family, hf_config) if hf_config and parameters else []
     gpus = visible_gpus()
     try:
         config = settings_of(call, human_size(parameters) if size == "auto" else size)
@@ -66,10 +82,16 @@ def check_call(family: Launcher, given: Sequence[str], environment: Mapping[str,
     ranks, device = ranks_of_node(call, config, gpus)
     nodes = nodes_of(call)
     problems += [UsageError(text) for text in node_problems(call, nodes, ranks=ranks, gpus=gpus)]
+    if call.reads_json and nodes.count > 1:
+        problems.append(
+            UsageError("MP_DATASET_TYPE=raw is for one node; for more, run `temper data build` once before")
+        )
     problems += setting_problems(call, config) + path_problems(call, config)
+    if config.compute.precision == "fp8" and (problem := fp8_problem()):
+        problems.append(MachineError(problem))
     problems += rank_problems(call, config, hf_config, world=ranks * nodes.count)
     _raise(family, problems)
-    return Launch(config, ranks, device, parameters, bool(call.values.get("DRY_RUN", False)), nodes)
+    return Launch(call, config, ranks, device, parameters, nodes)
 
 
 def ranks_of_node(call: Call, config: TrainConfig, gpus: int) -> tuple[int, str]:
@@ -77,7 +99,7 @@ def ranks_of_node(call: Call, config: TrainConfig, gpus: int) -> tuple[int, str]
     said = call.values.get("NPROC_PER_NODE")
     if said is None and is_cluster(call):
         return call.values.get(GPUS_OF_NODE, DEFAULT_GPUS), "GPU"
-    return said or gpus or config.layout.tensor_parallel * config.layout.pipeline_parallel, "GPU" if gpus else "CPU"
+    return said or gpus or config.layout.model_parallel, "GPU" if gpus else "CPU"
 
 
 def model_config(call: Call) -> dict[str, Any] | None:
@@ -126,11 +148,27 @@ def size_problems(call: Call, parameters: int) -> list[TemperError]:
     ]
 
 
+def family_problems(launcher: Launcher, hf_config: Mapping[str, Any]) -> list[TemperError]:
+    """Hold the checkpoint's family against the launcher's, which have their own positions."""
+    family = family_for(hf_config).name
+    if family in launcher.families:
+        return []
+    others = [each.script for each in LAUNCHERS.values() if family in each.families]
+    advice = f"use {' or '.join(others)}" if others else "start it with `temper train sft`"
+    return [
+        UsageError(
+            f"the checkpoint is a {family}, {launcher.script} is for {' and '.join(launcher.families)}: {advice}"
+        )
+    ]
+
+
 def setting_problems(call: Call, config: TrainConfig) -> list[TemperError]:
     """Return what the settings say against each other."""
     found: list[TemperError] = []
     if call.reads(*SCHEDULE_WORDS):
-        found += [UsageError(in_words_of(call.family, text)) for text in config.problems()]
+        steps = f" (steps of {call.tokens_of_step:,} tokens)" if call.counts_tokens else ""
+        said = [in_words_of(call.family, text) for text in config.problems()]
+        found += [UsageError(text + steps * ("TOKENS_OR_ITERS" in text)) for text in said]
     pad, row = call.values["PAD_LEN"], call.values["SEQ_LEN"]
     if call.reads("PAD_LEN", "SEQ_LEN") and pad > row:
         found.append(UsageError(f"PAD_LEN {pad} is larger than SEQ_LEN {row}"))
@@ -140,20 +178,15 @@ def setting_problems(call: Call, config: TrainConfig) -> list[TemperError]:
 def path_problems(call: Call, config: TrainConfig) -> list[TemperError]:
     """Return the datasets that are not there."""
     said = {"DATASET_PATH": config.data.data, "VALID_DATASET_PATH": config.data.valid_data}
-    found: list[TemperError] = []
-    for name, path in said.items():
-        if path is None or not call.reads(name) or path in [said[other] for other in said if other < name]:
-            continue
-        missing = missing_files(path)
-        if missing:
-            found.append(DataError(f"{name} {path}: {' and '.join(missing)} missing; `temper data build` writes them"))
-    return found
-
-
-def missing_files(path: Path) -> list[str]:
-    """Return which of a dataset's two files are missing."""
-    files = [f"{document_prefix(path)}{ending}" for ending in (".bin", ".idx")]
-    return [file for file in files if not os.path.exists(file)]
+    found: dict[str, TemperError] = {}  # by the files: a set may stand at both places
+    for name, blend in said.items():
+        for part in parse_blend(blend) if blend and call.reads(name) else ():
+            files = [str(part.path)] if call.reads_json else [f"{document_prefix(part.path)}{end}" for end in PAIR]
+            missing = " and ".join(file for file in files if not os.path.isfile(file))
+            advice = "MP_DATASET_TYPE=raw reads JSON files" if call.reads_json else "`temper data build` writes them"
+            if missing and missing not in found:
+                found[missing] = DataError(f"{name} {part.path}: {missing} missing; {advice}")
+    return list(found.values())
 
 
 def rank_problems(
@@ -167,9 +200,14 @@ def rank_problems(
 
 
 def _any_model(config: TrainConfig) -> dict[str, int]:
-    """A model that every TP and PP divide: what remains are the rules of the batch and the ranks."""
+    """A model that every TP, PP, EP and ETP divide: what remains are the rules of the batch and the ranks."""
     layout = config.layout
-    return {"num_layers": layout.pipeline_parallel, **dict.fromkeys(DIVIDED_BY_TENSOR_PARALLEL, layout.tensor_parallel)}
+    return {
+        "num_layers": layout.pipeline_parallel,
+        **dict.fromkeys(DIVIDED_BY_TENSOR_PARALLEL, layout.tensor_parallel),
+        "num_moe_experts": layout.expert_parallel,
+        "moe_ffn_hidden_size": layout.experts_over,
+    }
 
 
 def _without(call: Call, name: str) -> Call:

@@ -1,20 +1,13 @@
-"""What a typed word may be: each kind says its values, reads a word, and knows which values are not built yet."""
+"""What a typed word may be: each kind says its values and reads a word."""
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 SIZE = re.compile(r"(\d+(?:\.\d+)?)([MB])")
 BILLION, MILLION = 1e9, 1e6
-
-
-class NotBuiltYet(ValueError):
-    """A value that the table knows and nothing answers to so far."""
-
-    def __init__(self, instead: str) -> None:
-        super().__init__(f"is not built yet; {instead}")
 
 
 class Kind(Protocol):
@@ -26,7 +19,7 @@ class Kind(Protocol):
 
     @property
     def examples(self) -> tuple[str, ...]:
-        """Words that stand for every sort of value: each works or is refused as not built yet."""
+        """Words that stand for every sort of value."""
 
     def read(self, word: str) -> Any:
         """Return the value of `word`; raise ValueError that says what is wrong with it."""
@@ -37,7 +30,6 @@ class OneOf:
     """A word out of a few; `works` maps it to its value."""
 
     works: Mapping[str, Any]
-    not_built: tuple[str, ...] = ()
 
     @property
     def values(self) -> str:
@@ -45,19 +37,17 @@ class OneOf:
 
     @property
     def examples(self) -> tuple[str, ...]:
-        return (*self.works, *self.not_built)
+        return tuple(self.works)
 
     def read(self, word: str) -> Any:
-        if word in self.not_built:
-            raise NotBuiltYet("use " + " or ".join(self.works))
         if word not in self.works:
             raise ValueError(f"must be one of {self.values}")
         return self.works[word]
 
 
-def words(*works: str, not_built: tuple[str, ...] = ()) -> OneOf:
+def words(*works: str) -> OneOf:
     """Return a OneOf whose words stand for themselves."""
-    return OneOf({word: word for word in works}, not_built)
+    return OneOf({word: word for word in works})
 
 
 SWITCH = OneOf({"true": True, "false": False})
@@ -65,10 +55,9 @@ SWITCH = OneOf({"true": True, "false": False})
 
 @dataclass(frozen=True)
 class Integer:
-    """A whole number of at least `at_least`; nothing above `built_to` is built yet."""
+    """A whole number of at least `at_least`."""
 
     at_least: int = 1
-    built_to: float = math.inf
 
     @property
     def values(self) -> str:
@@ -84,8 +73,6 @@ class Integer:
         number = int(word)
         if number < self.at_least:
             raise ValueError(f"must be at least {self.at_least}")
-        if number > self.built_to:
-            raise NotBuiltYet(f"use {self.built_to:g}" if self.built_to >= self.at_least else "leave it unset")
         return number
 
 
@@ -113,14 +100,16 @@ class Number:
 
 @dataclass(frozen=True)
 class Text:
-    """Any word but an empty one: a path, a prefix."""
+    """Any word but an empty one: a path, a prefix; `check` raises ValueError for others that do not fit."""
 
     values: str
     examples: tuple[str, ...] = ("some/path",)
+    check: Callable[[str], Any] = str
 
     def read(self, word: str) -> str:
         if not word:
             raise ValueError("must not be empty")
+        self.check(word)
         return word
 
 
@@ -149,7 +138,7 @@ class ModelSize:
 
 @dataclass(frozen=True)
 class Offload:
-    """How much of the optimizer's state lies in CPU memory."""
+    """How much of the optimizer's state lies in CPU memory: `0` to `1`, or `auto`."""
 
     @property
     def values(self) -> str:
@@ -159,11 +148,10 @@ class Offload:
     def examples(self) -> tuple[str, ...]:
         return ("false", "static", "auto", "0.5", "1", "0")
 
-    def read(self, word: str) -> bool:
-        if word == "false":
-            return False
-        if word in ("static", "auto") or re.fullmatch(r"0(\.\d*)?|1(\.0*)?|\.\d+", word):
-            raise NotBuiltYet("use false")
+    def read(self, word: str) -> str:
+        named = {"false": "0", "static": "1", "auto": "auto"}
+        if word in named or re.fullmatch(r"0(\.\d*)?|1(\.0*)?|\.\d+", word):
+            return named.get(word, word)
         raise ValueError(f"must be one of {self.values}")
 
 

@@ -1,5 +1,6 @@
 """How many ranks this machine gets."""
 
+import importlib.util
 import os
 from pathlib import Path
 
@@ -27,6 +28,21 @@ def ranks_of_machine(model_parallel: int) -> int:
     if not said.isdecimal() or int(said) < 1:
         raise UsageError(f"NPROC_PER_NODE {said!r} must be a whole number of at least 1")
     return int(said)
+
+
+def fp8_problem() -> str | None:
+    """Return why this machine cannot train in fp8, or None."""
+    said = "PR=fp8 needs a GPU of compute capability 8.9 (Ada, Hopper or newer) and Transformer Engine: "
+    if not visible_gpus():
+        return said + "this machine has no GPU; use bf16"
+    import torch
+
+    capability = torch.cuda.get_device_capability()
+    if capability < (8, 9):
+        return said + f"{torch.cuda.get_device_name()} has {capability[0]}.{capability[1]}; use bf16"
+    if importlib.util.find_spec("transformer_engine") is None:
+        return said + "pip install 'temper-mcore[te]', or use bf16"
+    return None
 
 
 def quieten_torch() -> None:

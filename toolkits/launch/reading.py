@@ -7,15 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_preprocessing.dataset import document_prefix
-
 from ..foundation.errors import UsageError
 from ..training.config import TrainConfig
+from ..training.objectives import OBJECTIVES, Objective
 from ..training.options import parse_flags
 from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Launcher
 from .nodes import Nodes
 
-POSITIONS_ONLY = ("checkpoint", "hf-config", "output", "name")  # what the checks of a call rest on
+# What the checks of a call rest on, and NAME says.
+POSITIONS_ONLY = ("checkpoint", "hf-config", "output", "name", "rows", "seq-len", "global-batch-size")
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,26 @@ class Call:
     values: Mapping[str, Any]
     unread: frozenset[str]
     problems: list[str] = field(default_factory=list)
+
+    @property
+    def objective(self) -> Objective:
+        """What is trained for."""
+        return OBJECTIVES[self.values["SFT"]]
+
+    @property
+    def reads_json(self) -> bool:
+        """Whether positions 20 and 21 are JSON files, not datasets."""
+        return self.values.get("MP_DATASET_TYPE") == "raw"
+
+    @property
+    def counts_tokens(self) -> bool:
+        """Whether positions 23 and 24 are tokens."""
+        return self.objective.rows == "documents"
+
+    @property
+    def tokens_of_step(self) -> int:
+        """The tokens of one iteration."""
+        return self.values["GLOBAL_BATCH_SIZE"] * self.values["SEQ_LEN"]
 
     def reads(self, *names: str) -> bool:
         """Whether the words of all `names` could be read."""
@@ -79,14 +99,15 @@ def settings_of(call: Call, size: str) -> TrainConfig:
         for entry in (*call.family.positions, *VARIABLES)
         if entry.setting is not None and entry.name in values
     }
-    fields |= {name: Path(fields[name]) for name in ("data", "valid_data", "output", "hf_config") if name in fields}
-    if document_prefix(fields["valid_data"]) == document_prefix(fields["data"]):
-        fields["valid_data"] = fields["data"]  # training holds 1% out when it reads the same path
+    fields |= {name: Path(fields[name]) for name in ("output", "hf_config") if name in fields}
+    fields["rows"] = call.objective.rows
+    if call.counts_tokens:
+        fields |= {name: -(-fields[name] // call.tokens_of_step) for name in ("train_iters", "warmup_iters")}
     words = {**call.typed, "MODEL_SIZE": size}
     if "EPOCHS" in values:
         fields["train_iters"] = 0
         words["TRAIN_TOKENS_OR_ITERS"] = f"{call.typed['EPOCHS']}epochs"
-    fields["name"] = call.family.run_name(words)
+    fields["name"] = call.family.run_name(words, task=call.objective.task)
     return with_flags(TrainConfig.from_values(fields), shlex.split(values.get("EXTRA_ARGS", "")))
 
 
@@ -104,11 +125,14 @@ def in_words_of(family: Launcher, text: str) -> str:
     return re.sub(r"--([a-z][a-z-]+)", lambda match: names.get(match[1].replace("-", "_"), match[0]), text)
 
 
-def torchrun_line(config: TrainConfig, *, ranks: int, nodes: Nodes, torchrun: str, repository: Path) -> str:
+def torchrun_line(
+    objective: Objective, config: TrainConfig, *, ranks: int, nodes: Nodes, torchrun: str, repository: Path
+) -> str:
     """Return the line that starts the same ranks of this node under plain torchrun."""
     where = ["--standalone"]
     if nodes.count > 1:
         where = [f"--nnodes={nodes.count}", f"--node-rank={nodes.rank}"]
         where += [f"--master-addr={nodes.address}", f"--master-port={nodes.port}"]
-    words = [torchrun, *where, f"--nproc-per-node={ranks}", "-m", "toolkits.training", "sft", *config.flags()]
+    words = [torchrun, *where, f"--nproc-per-node={ranks}", "-m", "toolkits.training", objective.word]
+    words += config.flags()
     return f"PYTHONPATH={shlex.quote(str(repository))} {shlex.join(words)}"

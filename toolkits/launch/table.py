@@ -6,11 +6,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Launcher
+from .arguments import CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry, Launcher
 from .reading import complaint
 
 WIDE = 120  # columns where nobody watches
 MARKS = ("<!-- launcher-table -->", "<!-- /launcher-table -->")
+LAUNCHER_MARKS = ("<!-- launchers -->", "<!-- /launchers -->")
 
 
 def print_table(family: Launcher, given: Sequence[str], *, to_stderr: bool) -> None:
@@ -21,7 +22,7 @@ def print_table(family: Launcher, given: Sequence[str], *, to_stderr: bool) -> N
     table = Table("#", "name", "values", "what it does", *(["given"] if given else []), title=_usage(family, given))
     for number, entry in enumerate(family.positions, 1):
         word = [_given(entry, given[number - 1])] if number <= len(given) else [Text("missing", "red")]
-        table.add_row(str(number), entry.name, entry.kind.values, _help(entry), *(word if given else []))
+        table.add_row(str(number), entry.name, entry.kind.values, entry.help, *(word if given else []))
     for number, extra in enumerate(given[len(family.positions) :], len(family.positions) + 1):
         table.add_row(str(number), Text("too many", "red"), "", "", Text(extra, "red"))
     console.print(table)
@@ -29,7 +30,7 @@ def print_table(family: Launcher, given: Sequence[str], *, to_stderr: bool) -> N
         return
     variables = Table("environment", "values", "what it does")
     for entry in (*VARIABLES, *CLUSTER_VARIABLES):
-        variables.add_row(entry.name, entry.kind.values, _help(entry))
+        variables.add_row(entry.name, entry.kind.values, entry.help)
     console.print(variables)
 
 
@@ -37,18 +38,23 @@ def markdown_table(family: Launcher) -> str:
     """Return both tables as Markdown, as they stand in the README between MARKS."""
     lines = ["| # | name | values | what it does |", "|---|---|---|---|"]
     lines += [
-        f"| {number} | {entry.name} | {entry.kind.values} | {_help(entry)} |"
+        f"| {number} | {entry.name} | {entry.kind.values} | {entry.help} |"
         for number, entry in enumerate(family.positions, 1)
     ]
     lines += ["", "| environment | values | what it does |", "|---|---|---|"]
     variables = (*VARIABLES, *CLUSTER_VARIABLES)
-    lines += [f"| `{entry.name}` | {entry.kind.values} | {_help(entry)} |" for entry in variables]
+    lines += [f"| `{entry.name}` | {entry.kind.values} | {entry.help} |" for entry in variables]
     return "\n".join(lines)
 
 
-def _help(entry: Entry) -> str:
-    not_built = getattr(entry.kind, "not_built", ())
-    return entry.help + (f" (not built yet: {', '.join(not_built)})" if not_built else "")
+def markdown_launchers() -> str:
+    """Return the launchers as Markdown, as they stand in the README between LAUNCHER_MARKS."""
+    lines = ["| launcher | families | arguments |", "|---|---|---|"]
+    for launcher in LAUNCHERS.values():
+        extra = [entry.name for entry in launcher.positions if entry.name in ("ETP", "EP")]
+        count = f"{len(launcher.positions)}" + (f", {' and '.join(extra)} behind CP" if extra else "")
+        lines.append(f"| `{launcher.script}` | {', '.join(launcher.families)} | {count} |")
+    return "\n".join(lines)
 
 
 def _usage(family: Launcher, given: Sequence[str]) -> str:

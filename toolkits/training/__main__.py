@@ -1,27 +1,25 @@
 """One rank of a training run: `torchrun ... -m toolkits.training OBJECTIVE --flags`."""
 
-import importlib
 import sys
 import warnings
 
 from ..foundation.errors import UsageError
 from ..launch.rank import run_rank
-
-OBJECTIVES = ("sft",)
+from .objectives import OBJECTIVES
 
 
 def main() -> None:
     """Read the command line and train; heavy imports wait until the signal handler stands."""
-    objective, *flags = sys.argv[1:] or [""]
-    if objective not in OBJECTIVES:
-        raise UsageError(f"unknown objective {objective!r}; there is {', '.join(OBJECTIVES)}")
+    word, *flags = sys.argv[1:] or [""]
+    if word not in OBJECTIVES:
+        raise UsageError(f"unknown objective {word!r}; there is {', '.join(OBJECTIVES)}")
     from .options import parse_flags
 
     config = parse_flags(flags)
     _quieten()
     from .run import run
 
-    run(config, importlib.import_module(f".objectives.{objective}", __package__))
+    run(config, OBJECTIVES[word])
 
 
 def _quieten() -> None:

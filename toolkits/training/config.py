@@ -12,10 +12,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from ..foundation.errors import UsageError, raise_all
+from .blend import parse_blend
 
-Precision = Literal["bf16", "fp16", "fp32"]
+Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Recompute = Literal["none", "full", "selective", "offload"]
+RowKind = Literal["conversations", "documents"]
 TooLong = Literal["truncate", "drop", "stop"]
+Tracker = Literal["none", "wandb", "mlflow"]
 
 
 def setting(
@@ -39,14 +42,39 @@ class ModelSettings:
 class DataSettings:
     """What is trained on, and how rows are made of it."""
 
-    data: Path = setting("Dataset prefix, as `temper data build` wrote it.")
-    valid_data: Path | None = setting("Validation prefix; the same as --data, or none: 1% of --data is held out.", None)
+    data: str = setting(
+        "Dataset prefix, as `temper data build` wrote it; or a blend of several, `0.7 A 0.3 B` in one word."
+    )
+    valid_data: str | None = setting(
+        "Validation prefix or blend, each row read once; of what stands in --data too, or of all when this is left"
+        " out, 1% is held out.",
+        None,
+    )
     seq_len: int = setting("Tokens in a row.", 2048, at_least=2)
+    rows: RowKind = setting(
+        "conversations: whole ones, and what the assistant wrote is trained. documents: texts end to end, cut every"
+        " --seq-len tokens, and every token is trained, the prompts of conversations too.",
+        "conversations",
+    )
     packing: bool = setting("Fill rows with whole conversations; off: one conversation a row.", True)
     too_long: TooLong = setting(
         "Conversations over --seq-len: truncate at the last trained turn that fits, drop, or stop.", "truncate"
     )
     seed: int = setting("Seed of the data order and of random weights.", 1234, at_least=0)
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the blends, and what was said of conversations where there are none."""
+        found = []
+        for flag, said in (("--data", self.data), ("--valid-data", self.valid_data)):
+            try:
+                parse_blend(said or "")
+            except UsageError as error:
+                found.append(f"{flag} {error}")
+        if self.rows == "documents" and not self.packing:
+            found.append("--no-packing (MP_SFT_PACKING=false) is for conversations: documents always fill their rows")
+        if self.rows == "documents" and self.too_long != "truncate":
+            found.append(f"--too-long {self.too_long} is for conversations: documents go on in the next row")
+        return found
 
 
 @dataclass(frozen=True)
@@ -64,13 +92,23 @@ class LayoutSettings:
         0,
         at_least=0,
     )
+    expert_parallel: int = setting("Ranks that share the experts of a layer, each with whole ones.", 1, at_least=1)
+    expert_tensor_parallel: int = setting("Ranks that share each expert; 0: as many as share a layer.", 0, at_least=0)
     sequence_parallel: bool = setting("Split activations between tensor-parallel ranks outside the matrices too.", True)
     distributed_optimizer: bool = setting("Shard the optimizer's state over data-parallel ranks (ZeRO-1).", True)
+    overlap_communication: bool = setting(
+        "Reduce gradients and gather weights of data-parallel ranks while the model computes.", True
+    )
     reshardable_optimizer: bool = setting(
         "Save the sharded optimizer so that TP and PP can change later; takes 12 bytes a weight of a rank's share"
         " in CPU memory.",
         False,
     )
+
+    @property
+    def experts_over(self) -> int:
+        """Ranks that share each expert."""
+        return self.expert_tensor_parallel or self.tensor_parallel
 
     @property
     def model_parallel(self) -> int:
@@ -100,7 +138,9 @@ class ComputeSettings:
     """How the arithmetic is done, and what memory is traded for it."""
 
     precision: Precision = setting(
-        "Number format of weights and activations; gradients are reduced in fp32. fp16 scales the loss.", "bf16"
+        "Number format of weights and activations; gradients are reduced in fp32. fp16 scales the loss; fp8 multiplies"
+        " matrices in it and keeps bf16 elsewhere, and needs a GPU and Transformer Engine that can.",
+        "bf16",
     )
     recompute: Recompute = setting(
         "Activations kept for the backward pass: all (none), one a unit of layers (full), all but the attention's"
@@ -109,6 +149,11 @@ class ComputeSettings:
     )
     recompute_layers: int = setting("Layers in a unit of --recompute full.", 1, at_least=1)
     flash_attention: bool = setting("Fused attention kernels; off: the exact reference path.", True)
+
+    @property
+    def is_half(self) -> bool:
+        """Whether weights have 16 bits, and the optimizer keeps them in fp32 beside."""
+        return self.precision != "fp32"
 
 
 @dataclass(frozen=True)
@@ -123,6 +168,14 @@ class OptimizerSettings:
     adam_beta2: float = setting("Decay of Adam's second moment.", 0.95, at_least=0, below=1)
     adam_eps: float = setting("Adam's epsilon.", 1e-8, at_least=0)
     clip_grad: float = setting("Largest gradient norm; 0: no clipping.", 1.0, at_least=0)
+    max_nonfinite: int = setting(
+        "Losses that are not finite until the run ends; the steps before are skipped.", 1, at_least=1
+    )
+    optimizer_offload: str = setting(
+        "Share of the optimizer's state in CPU memory, 0 to 1; auto: as much as the planned memory asks for. Without a"
+        " GPU it changes nothing.",
+        "0",
+    )
 
 
 @dataclass(frozen=True)
@@ -134,13 +187,27 @@ class OutputSettings:
     save_interval: int = setting(
         "Steps between two checkpoints; the last step is always saved. 0: only the last.", 0, at_least=0
     )
+    background_save: bool = setting(
+        "Write checkpoints while training goes on, from a copy in CPU memory; the last one never.", False
+    )
+    stop_after: float = setting(
+        "Minutes after which the run saves and ends with 75, before a job's time limit does; 0: never.", 0.0, at_least=0
+    )
     keep_last: int = setting("Checkpoints kept; older ones go when a newer one is complete.", 2, at_least=1)
     eval_interval: int = setting("Steps between two validations; 0: with every checkpoint.", 0, at_least=0)
     export_hf: bool = setting("Write a HuggingFace checkpoint at the end.", False)
     resume: bool = setting("Go on from the newest complete step of --output; off: refuse a used one.", True)
+    tracker: Tracker = setting(
+        "Report the figures to wandb or mlflow too, in files under --output; TensorBoard always has them.", "none"
+    )
     data_restart: bool = setting(
         "When going on, let data, --seq-len and packing change and read the data from its beginning.", False
     )
+
+    @property
+    def folder(self) -> Path:
+        """Where the run's steps go, and what is known of it."""
+        return self.output / "checkpoint" / self.name
 
 
 @dataclass(frozen=True)
@@ -194,11 +261,16 @@ class TrainConfig:
             found.append(f"--min-lr {optimizer.min_lr} is larger than --lr {optimizer.lr}")
         if bool(batch.train_iters) == bool(batch.epochs):
             found.append("give either --train-iters or --epochs")
+        if optimizer.optimizer_offload != "0" and not self.layout.distributed_optimizer and self.compute.is_half:
+            found.append("--optimizer-offload needs --distributed-optimizer: megatron-core's plain one cannot move")
+        if optimizer.optimizer_offload != "auto" and not _is_share(optimizer.optimizer_offload):
+            found.append(f"--optimizer-offload {optimizer.optimizer_offload} must be a number from 0 to 1, or auto")
         if batch.train_iters and optimizer.warmup_iters >= batch.train_iters:
             found.append(
                 f"--warmup-iters {optimizer.warmup_iters} leaves nothing of --train-iters {batch.train_iters}: "
                 "the warm-up is part of the training steps"
             )
+        found += self.data.problems()
         if not self.output.name or "/" in self.output.name or self.output.name.startswith("."):
             found.append(f"--name {self.output.name!r} must be the name of one folder")
         if self.model.checkpoint == "none" and self.model.hf_config is None:
@@ -208,6 +280,13 @@ class TrainConfig:
     def check(self) -> None:
         """Raise UsageError with all complaints of `problems`."""
         raise_all(UsageError, "settings", self.problems())
+
+
+def _is_share(word: str) -> bool:
+    try:
+        return 0 <= float(word) <= 1
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,11 @@ from typing import Any
 from ..foundation.errors import UsageError, raise_all
 from .config import LayoutSettings, TrainConfig
 
+# Tokens whose logits exist at once while the loss is computed: enough for the matrix units, and of a vocabulary of
+# 152,000 no more than 2.5 GB in fp32.
+LOSS_TOKENS = 4096
+# Weights whose gradients are reduced at once, when they have as many: enough to fill the links between GPUs.
+GRADIENT_BUCKET = 40_000_000
 DIVIDED_BY_TENSOR_PARALLEL = {
     "num_attention_heads": "attention heads",
     "num_query_groups": "KV groups",
@@ -24,6 +29,8 @@ class Grid:
     first_stage_layers: int = 0
     context: int = 1
     chunks: int = 1
+    expert: int = 1
+    expert_tensor: int = 0
 
     def __str__(self) -> str:
         said = f"TP{self.tensor} PP{self.pipeline}"
@@ -33,6 +40,8 @@ class Grid:
             said += f" ({self.chunks} virtual stages a rank)"
         if self.context > 1:
             said += f" CP{self.context}"
+        if self.expert > 1 or self.expert_tensor:
+            said += f" EP{self.expert} ETP{self.expert_tensor or self.tensor}"
         return f"{said} DP{self.data}"
 
 
@@ -48,6 +57,8 @@ class Layout:
     first_stage_layers: int = 0  # 0: every pipeline stage has as many
     context: int = 1
     chunks: int = 1  # parts of the model on one rank: its virtual pipeline stages
+    expert: int = 1  # ranks that share the experts of a layer; they are ranks of TP x CP x DP
+    expert_tensor: int = 0  # ranks that share each expert; 0: as many as share a layer
 
     @property
     def data(self) -> int:
@@ -57,7 +68,16 @@ class Layout:
     @property
     def grid(self) -> Grid:
         """The layout without what may change from start to start."""
-        return Grid(self.tensor, self.pipeline, self.data, self.first_stage_layers, self.context, self.chunks)
+        return Grid(
+            self.tensor,
+            self.pipeline,
+            self.data,
+            self.first_stage_layers,
+            self.context,
+            self.chunks,
+            self.expert,
+            self.expert_tensor,
+        )
 
     @property
     def segment_multiple(self) -> int:
@@ -73,12 +93,16 @@ class Layout:
         """What the length of a row is padded to a multiple of: sequence parallelism divides it by TP."""
         return self.segment_multiple * self.tensor
 
+    def padded(self, length: int) -> int:
+        """Return the tokens that a row of `length` takes."""
+        return -(-length // self.row_multiple) * self.row_multiple
+
 
 def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layout:
     """Return the layout, or raise one UsageError with every rule that `config` breaks.
 
     `model` holds num_layers, num_attention_heads, num_query_groups and ffn_hidden_size, as
-    `conversion.plan.mcore_settings` gives them; `world` is the number of ranks.
+    `conversion.settings.mcore_settings` gives them; `world` is the number of ranks.
     """
     raise_all(UsageError, "parallel layout", layout_problems(config, model, world))
     settings, batch = config.layout, config.batch
@@ -92,6 +116,8 @@ def layout_of(config: TrainConfig, model: Mapping[str, Any], world: int) -> Layo
         first_stage_layers=settings.first_stage_layers,
         context=settings.context_parallel,
         chunks=model["num_layers"] // (settings.pipeline_parallel * virtual) if virtual else 1,
+        expert=settings.expert_parallel,
+        expert_tensor=settings.expert_tensor_parallel if "num_moe_experts" in model else 0,
     )
 
 
@@ -108,6 +134,7 @@ def layout_problems(config: TrainConfig, model: Mapping[str, Any], world: int) -
         found.append(f"{product} = {settings.model_parallel} does not divide the {world} ranks")
         return found
     replicas = world // settings.model_parallel
+    found += _expert_problems(settings, model, replicas)
     step = batch.micro_batch_size * replicas
     if batch.global_batch_size % step:
         below = batch.global_batch_size // step * step
@@ -181,6 +208,28 @@ def _virtual_problems(settings: LayoutSettings, layers: int) -> list[str]:
         return []
     valid = [n for n in range(1, stage + 1) if stage % n == 0]
     return [f"MP_VP {virtual} does not divide the {stage} layers of a pipeline stage: use {_listed(valid)}"]
+
+
+def _expert_problems(settings: LayoutSettings, model: Mapping[str, Any], replicas: int) -> list[str]:
+    """Hold the experts' ranks, which are those of TP x CP x DP in another order, against the model."""
+    experts = model.get("num_moe_experts")
+    if experts is None:
+        used = {"EP": settings.expert_parallel, "ETP": settings.expert_tensor_parallel}
+        return [f"{name}={asked} needs a model with experts" for name, asked in used.items() if asked > 1]
+    found = []
+    if experts % settings.expert_parallel:
+        valid = [n for n in range(1, experts + 1) if experts % n == 0]
+        nearest = sorted(sorted(valid, key=lambda n: abs(n - settings.expert_parallel))[:2])
+        found.append(f"EP={settings.expert_parallel} does not divide {experts} experts: use {_listed(nearest)}")
+    over, width = settings.experts_over, model["moe_ffn_hidden_size"]
+    if width % over:
+        found.append(f"ETP={over} does not divide the {width} feed-forward units of an expert")
+    if settings.tensor_parallel > 1 and not settings.sequence_parallel:
+        found.append("experts at TP > 1 need sequence parallelism (SP=true)")
+    ranks = settings.tensor_parallel * settings.context_parallel * replicas
+    if ranks % (over * settings.expert_parallel):
+        found.append(f"ETP={over} x EP={settings.expert_parallel} does not divide the {ranks} ranks of TP x CP x DP")
+    return found
 
 
 def _listed(numbers: list[int]) -> str:

@@ -10,6 +10,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 
 from .config import TrainConfig
+from .parallel.fused import has_transformer_engine
 from .parallel.model import DTYPES, Chunks, sharded_state
 
 # Of fp16: halved at every overflow, doubled after a thousand good steps. What is scaled is the loss summed over
@@ -17,9 +18,14 @@ from .parallel.model import DTYPES, Chunks, sharded_state
 INITIAL_LOSS_SCALE = 2.0**12
 
 
-def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) -> MegatronOptimizer:
-    """Return the optimizer of all chunks; biases and norm weights have no weight decay."""
-    settings, precision = config.optimizer, config.compute.precision
+def build_optimizer(
+    config: TrainConfig, chunks: list[DistributedDataParallel], *, offload: float = 0.0
+) -> MegatronOptimizer:
+    """Return the optimizer of all chunks; biases and norm weights have no weight decay.
+
+    `offload` is the share of its state that lies and is stepped in CPU memory.
+    """
+    settings, dtype = config.optimizer, DTYPES[config.compute.precision]
     optimizer = get_megatron_optimizer(
         OptimizerConfig(
             optimizer="adam",
@@ -30,11 +36,12 @@ def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) 
             adam_beta2=settings.adam_beta2,
             adam_eps=settings.adam_eps,
             clip_grad=settings.clip_grad,
-            bf16=precision == "bf16",
-            fp16=precision == "fp16",
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
             initial_loss_scale=INITIAL_LOSS_SCALE,
             hysteresis=1,
-            params_dtype=DTYPES[precision],
+            params_dtype=dtype,
+            **_offload_fields(config, offload),
             use_distributed_optimizer=config.layout.distributed_optimizer,
         ),
         chunks,
@@ -45,6 +52,20 @@ def build_optimizer(config: TrainConfig, chunks: list[DistributedDataParallel]) 
     for one in _inner(optimizer):
         _allocate_moments(one.optimizer)
     return optimizer
+
+
+def _offload_fields(config: TrainConfig, offload: float) -> dict[str, Any]:
+    if not offload:
+        return {}
+    return {
+        "optimizer_cpu_offload": True,
+        "optimizer_offload_fraction": offload,
+        "overlap_cpu_optimizer_d2h_h2d": True,
+        "pin_cpu_grads": torch.cuda.is_available(),
+        "pin_cpu_params": torch.cuda.is_available(),
+        # Without it the fp32 weights stay on the GPU beside their copies, and only the moments leave it.
+        "use_precision_aware_optimizer": config.layout.distributed_optimizer and has_transformer_engine(),
+    }
 
 
 def optimizer_state(
@@ -83,10 +104,12 @@ def _allocate_moments(inner: torch.optim.Optimizer) -> None:
     """Give torch's AdamW the state of step 0, which it makes at its first step: it can be saved and loaded then."""
     if not isinstance(inner, torch.optim.AdamW):  # Transformer Engine's has a way of its own
         return
+    gpu = torch.cuda.is_available()
     for group in inner.param_groups:
+        group["fused"] = gpu  # reads and writes every number once; it keeps its step counters on the GPU
         for weight in group["params"]:
             inner.state[weight] = {
-                "step": torch.tensor(0.0),
+                "step": torch.zeros((), device=weight.device if gpu else "cpu"),
                 "exp_avg": torch.zeros_like(weight),
                 "exp_avg_sq": torch.zeros_like(weight),
             }

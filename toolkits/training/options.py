@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import NoneType
 from typing import Any, get_args
 
 import click
@@ -46,9 +47,9 @@ def setting_option(setting: Setting) -> Callable[..., Any]:
 def _click_type(setting: Setting) -> Any:
     if setting.choices:
         return click.Choice(setting.choices)
-    if setting.type is Path or Path in get_args(setting.type):
-        return click.Path(path_type=Path)
-    return setting.type
+    # Of `kind | None` the kind: None is what is not said.
+    kind = next((each for each in get_args(setting.type) if each is not NoneType), setting.type)
+    return click.Path(path_type=Path) if kind is Path else kind
 
 
 @click.command()

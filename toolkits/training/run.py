@@ -7,7 +7,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 
 import torch
 
@@ -16,19 +15,25 @@ from conversion.mcore_directory import step_folders
 from ..foundation.errors import MachineError, UsageError
 from ..foundation.progress import human_bytes
 from ..foundation.publish import require_space, write_text
-from ..planning.memory import run_memory
+from ..launch.ranks import fp8_problem
+from ..monitoring.record import EXPORTING, RUNNING
+from ..monitoring.trackers import require_tracker
+from ..planning.memory import offload_that_fits, run_memory
 from ..planning.weights import Tuning
-from .batches import Batches, Rows
+from .batches import Batches
 from .checkpointing import Position, RunState, Saved, load_step, newest_step, require_loadable
 from .config import TrainConfig
 from .layout import Layout, layout_of
 from .loop import Training, train
+from .objectives import Objective
 from .optimizer import build_optimizer
 from .parallel.model import DTYPES, build_model, wrap
 from .parallel.world import gather, process_groups, rank
 from .reporter import Reporter, StepFigures, peak_memory
 from .run_folder import claimed
+from .saving import Saver
 from .sources import DataSource, ModelSource, find_data, find_model
+from .watch import Watch, trackers_of, watched
 from .weights import load_huggingface, load_mcore
 
 EXPORTED = "exported.txt"  # in the run's folder: the step that its export holds
@@ -47,7 +52,7 @@ class RunPlan:
     @property
     def folder(self) -> Path:
         """Where the run's steps go."""
-        return self.config.output.output / "checkpoint" / self.config.output.name
+        return self.config.output.folder
 
     @property
     def steps(self) -> int:
@@ -58,7 +63,19 @@ class RunPlan:
     @property
     def memory(self) -> int:
         """The bytes that the fullest rank needs at its worst moment."""
-        return max(each.total for each in run_memory(self.source.plan, self.config, self.layout, Tuning()))
+        ranks = run_memory(self.source.plan, self.config, self.layout, Tuning(), offload=self.offload)
+        return max(each.total for each in ranks)
+
+    @property
+    def offload(self) -> float:
+        """The share of the optimizer's state in CPU memory; without a GPU it is there anyway."""
+        said = self.config.optimizer.optimizer_offload
+        if not torch.cuda.is_available():
+            return 0.0
+        if said != "auto":
+            return float(said)
+        _, gpu_bytes = torch.cuda.mem_get_info()
+        return offload_that_fits(self.source.plan, self.config, self.layout, gpu_bytes)
 
     @property
     def export(self) -> Path:
@@ -72,12 +89,16 @@ class RunPlan:
             raise UsageError(f"--warmup-iters {warmup} leaves nothing of the {self.steps} steps: it is part of them")
 
 
-def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
+def run(config: TrainConfig, objective: Objective) -> list[StepFigures]:
     """Train as `config` says and return the figures of every step taken.
 
     Every rank calls it, with torchrun's variables in the environment.
     """
     config.check()
+    if config.compute.precision == "fp8" and (problem := fp8_problem()):
+        raise MachineError(problem)
+    if os.environ["RANK"] == "0":
+        require_tracker(config.output.tracker)
     source = find_model(config.model)
     layout = layout_of(config, source.settings, int(os.environ["WORLD_SIZE"]))
     plan = RunPlan(config, source, find_data(config.data, source), layout)
@@ -85,14 +106,17 @@ def run(config: TrainConfig, objective: ModuleType) -> list[StepFigures]:
     plan.require_warmup_inside()
     _require_export_free(plan)
     with contextlib.ExitStack() as stack:
-        remarks = stack.enter_context(claimed(plan.folder, config, source)) if os.environ["RANK"] == "0" else []
-        stack.enter_context(process_groups(layout, seed=config.data.seed))
-        resumed, reporter = _open(plan, remarks)
-        with reporter.noting_failure(), _out_of_memory_explained(plan):
-            last = _train(plan, objective, resumed, reporter)
-    if config.output.export_hf and os.environ["RANK"] == "0":
-        _export(plan, last, reporter)
-    reporter.say(f"done: {last}")
+        remarks, watch = [], None
+        if os.environ["RANK"] == "0":
+            remarks = stack.enter_context(claimed(plan.folder, config, source))
+            watch = stack.enter_context(watched(plan))
+        with process_groups(layout, seed=config.data.seed):
+            resumed, reporter = _open(plan, remarks, watch)
+            with reporter.noting_failure(), _out_of_memory_explained(plan):
+                last = _train(plan, objective, resumed, reporter)
+        if config.output.export_hf and watch is not None:
+            _export(plan, last, reporter)
+        reporter.say(f"done: {last}")
     return reporter.history
 
 
@@ -108,7 +132,7 @@ def _out_of_memory_explained(plan: RunPlan) -> Iterator[None]:
         ) from error
 
 
-def _open(plan: RunPlan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
+def _open(plan: RunPlan, remarks: list[str], watch: Watch | None) -> tuple[Saved | None, Reporter]:
     """Find where the run goes on, and open its log; rank 0 looks and tells the others."""
     found, damaged = newest_step(plan.folder) if rank() == 0 else (None, [])
     found, started = gather((found, time.time()))[0]
@@ -117,9 +141,9 @@ def _open(plan: RunPlan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
     reporter = Reporter(
         steps=plan.steps,
         log=out / "log" / f"{stamp}.log",
-        tensorboard=out / "tensorboard" / stamp,
         folder=plan.folder,
-        active=rank() == 0,
+        watch=watch,
+        trackers=trackers_of(plan, stamp) if watch else [],
         first_step=found.position.step if found else 0,
     )
     for remark in (*remarks, *damaged, *plan.data.remarks):
@@ -127,16 +151,18 @@ def _open(plan: RunPlan, remarks: list[str]) -> tuple[Saved | None, Reporter]:
     return found, reporter
 
 
-def _train(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Path:
+def _train(plan: RunPlan, objective: Objective, resumed: Saved | None, reporter: Reporter) -> Path:
     """Train what remains to be trained; return the last step's folder."""
     if resumed is not None and resumed.position.step >= plan.steps:
         reporter.say(f"all {plan.steps} steps are done")
         return resumed.folder
     _introduce(plan, resumed, reporter)
-    return train(_set_up(plan, objective, resumed, reporter))
+    training = _set_up(plan, objective, resumed, reporter)
+    reporter.enter(RUNNING)
+    return train(training)
 
 
-def _set_up(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporter: Reporter) -> Training:
+def _set_up(plan: RunPlan, objective: Objective, resumed: Saved | None, reporter: Reporter) -> Training:
     from megatron.core import parallel_state
 
     config, source, layout = plan.config, plan.source, plan.layout
@@ -151,8 +177,12 @@ def _set_up(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporte
         load_huggingface(chunks, source.hf_weights)
     elif resumed is None and source.mcore_weights is not None:
         load_mcore(chunks, source.mcore_weights)
-    wrapped = wrap(chunks, distributed_optimizer=config.layout.distributed_optimizer)
-    optimizer = build_optimizer(config, wrapped)
+    wrapped = wrap(
+        chunks,
+        distributed_optimizer=config.layout.distributed_optimizer,
+        overlap=config.layout.overlap_communication,
+    )
+    optimizer = build_optimizer(config, wrapped, offload=plan.offload)
     if resumed is not None:
         load_step(resumed, RunState(chunks, optimizer, layout, precision, sharding))
     replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
@@ -160,13 +190,14 @@ def _set_up(plan: RunPlan, objective: ModuleType, resumed: Saved | None, reporte
         config=config,
         layout=layout,
         steps=plan.steps,
-        objective=objective,
+        loss=objective.loss,
         chunks=wrapped,
         optimizer=optimizer,
         batches=Batches(plan.data.training, config.batch, layout, replica=replica, seed=seed),
         validation=Batches(plan.data.validation, config.batch, layout, replica=replica, seed=seed),
         reporter=reporter,
         checkpoints=plan.folder,
+        saver=Saver(plan.folder, config.output.keep_last, say=reporter.say, saved=reporter.saved),
         start=_start(resumed, config),
     )
 
@@ -178,15 +209,20 @@ def _start(resumed: Saved | None, config: TrainConfig) -> Position:
 
 
 def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None:
-    config, layout, rows = plan.config, plan.layout, plan.data.training
+    config, layout = plan.config, plan.layout
     if config.layout.sequence_parallel and not layout.sequence:
         reporter.say("sequence parallelism needs TP > 1: it is off")
-    reporter.say(f"{_amount(rows)}; validation: {len(plan.data.validation):,} rows")
+    for line in plan.data.training.report(rows_of_run=plan.steps * config.batch.global_batch_size):
+        reporter.say(line)
+    reporter.say(f"validation: {len(plan.data.validation):,} rows")
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reporter.say(
         f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
         f"{layout.grid}, {config.compute.precision}"
     )
+    if config.optimizer.optimizer_offload != "0":
+        share = f"{plan.offload:.0%} of it" if torch.cuda.is_available() else "without a GPU all of it"
+        reporter.say(f"optimizer state in CPU memory (--optimizer-offload): {share}")
     reporter.say(f"planned memory of a rank: {human_bytes(plan.memory)} at its worst moment")
     if resumed is None:
         return
@@ -194,15 +230,6 @@ def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None
     changed = "" if then == now else f"layout {then} -> {now}: optimizer resharded, "
     start = _start(resumed, config)
     reporter.say(f"going on from {resumed.folder}: {changed}step {start.step + 1}, data from row {start.rows:,}")
-
-
-def _amount(rows: Rows) -> str:
-    tokens = sum(sample.length for row in rows.rows for sample in row)
-    fill = tokens / (len(rows) * rows.seq_len)
-    return (
-        f"{sum(map(len, rows.rows)):,} conversations, {tokens:,} tokens in {len(rows):,} rows of {rows.seq_len} "
-        f"({fill:.1%} full)"
-    )
 
 
 def _require_space(plan: RunPlan) -> None:
@@ -230,6 +257,7 @@ def _export(plan: RunPlan, saved: Path, reporter: Reporter) -> None:
     if plan.export.exists() and note.exists() and note.read_text(encoding="utf-8") == saved.name:
         reporter.say(f"{plan.export} is there already")
         return
-    convert(saved, plan.export, overwrite=True)  # what an earlier start of this run exported
+    with reporter.doing(EXPORTING):
+        convert(saved, plan.export, overwrite=True)  # what an earlier start of this run exported
+        reporter.exported(plan.export, step=saved.name)
     write_text(note, saved.name)
-    reporter.say(f"exported {plan.export}")

@@ -4,6 +4,7 @@ checkpoint/NAME/fingerprint.json   what makes two starts the same run
                 hf/                config and tokenizer, for an export
                 iter_NNNNNNN/      the steps
                 metrics.jsonl      the figures of every step      loss.png
+                run.json           what it does now               lineage.json    what it was made of
 """
 
 import contextlib
@@ -22,11 +23,14 @@ from data_preprocessing.dataset import document_prefix
 from ..foundation.errors import UsageError
 from ..foundation.lock import locked
 from ..foundation.publish import publish_directory, remove_unfinished, write_text
+from ..monitoring.lineage import weights_digest
+from .blend import parse_blend, whole_weights
 from .config import TrainConfig
 from .sources import ModelSource
 
 FINGERPRINT = "fingerprint.json"
-HEAD = 1 << 16  # bytes at the front of a weight file that tell it from another of the same size
+HEAD = 1 << 16  # bytes of tokens that tell a dataset without a manifest from another
+OF_DATA = ("data", "validation data", "rows", "seq_len", "packing", "too_long")  # what --data-restart lets change
 
 
 def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
@@ -38,8 +42,9 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "model": _digest((source.hf_files / "config.json").read_bytes()),
             "base checkpoint": _weights_fingerprint(source, data.seed),
             "tokenizer": tokenizer_fingerprint(source.hf_files)[:16],
-            "data": _dataset_fingerprint(data.data),
-            "validation data": _dataset_fingerprint(valid),
+            "data": _blend_fingerprint(data.data),
+            "validation data": _blend_fingerprint(valid),
+            "rows": data.rows,
             "seq_len": data.seq_len,
             "packing": data.packing,
             "too_long": data.too_long,
@@ -82,8 +87,7 @@ def _compare(folder: Path, now: Mapping[str, Any], config: TrainConfig) -> list[
         then = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         raise UsageError(f"{folder} holds steps but no {FINGERPRINT}: it was not made by this line") from None
-    allowed = ("data", "validation data", "seq_len", "packing", "too_long") if config.output.data_restart else ()
-    different = _differences(then["same"], now["same"], leave_out=allowed)
+    different = _differences(then["same"], now["same"], leave_out=OF_DATA if config.output.data_restart else ())
     if different:
         table = "\n".join(f"  {name}: {old} -> {new}" for name, old, new in different)
         raise UsageError(
@@ -101,25 +105,31 @@ def _differences(
 
 
 def _weights_fingerprint(source: ModelSource, seed: int) -> str:
-    """Return a digest of the names, sizes and first bytes of the weight files; a full hash would read them all."""
     folder = source.hf_weights or source.mcore_weights
-    if folder is None:
-        return f"random, seed {seed}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin", ".distcp"):
-            with open(path, "rb") as file:
-                digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(HEAD))
-    return digest.hexdigest()[:16]
+    return f"random, seed {seed}" if folder is None else weights_digest(folder)
+
+
+def _blend_fingerprint(said: str) -> str:
+    """Return the digest of a dataset, or the weights and digests of a blend."""
+    parts = parse_blend(said)
+    digests = [_dataset_fingerprint(part.path) for part in parts]
+    if len(parts) == 1:
+        return digests[0]
+    weights = whole_weights(parts)
+    return ", ".join(f"{weight} x {digest}" for weight, digest in zip(weights, digests, strict=True))
 
 
 def _dataset_fingerprint(prefix: Path) -> str:
-    """Return a digest of the dataset's manifest, which has the hashes of its files, else of its index."""
+    """Return a digest of the dataset's manifest, which has the hashes of its files, else of its index and first tokens.
+
+    The doubled layout has the same index for all data: every document is of one length.
+    """
     base = document_prefix(prefix)
     manifest = Path(f"{base}.json")
     if manifest.exists():
         return _digest(json.dumps(json.loads(manifest.read_bytes())["files"], sort_keys=True).encode())
-    return _digest(Path(f"{base}.idx").read_bytes())
+    with open(f"{base}.idx", "rb") as index, open(f"{base}.bin", "rb") as tokens:
+        return _digest(hashlib.file_digest(index, "sha256").digest() + tokens.read(HEAD))
 
 
 def _digest(raw: bytes) -> str:

@@ -51,9 +51,10 @@ def load_mcore(chunks: Chunks, step_folder: Path) -> None:
     Raises CheckpointError with every key that only one side has. Nothing is unpickled before the scan.
     """
     scan_directory(step_folder)
+    wanted = sharded_state(chunks)
     try:
         state, missing_here, missing_there = dist_checkpointing.load(
-            sharded_state(chunks), str(step_folder), strict=StrictHandling.RETURN_ALL
+            wanted, str(step_folder), strict=StrictHandling.RETURN_ALL
         )
     except CheckpointingException as error:
         raise CheckpointError(f"{step_folder} does not fit its config.json: {error}") from error
@@ -61,5 +62,6 @@ def load_mcore(chunks: Chunks, step_folder: Path) -> None:
     problems += [f"{key} has no place in the model" for key in sorted(missing_here) if is_weight(key)]
     raise_all(CheckpointError, str(step_folder), problems)
     # Keys were compared above; what may be absent here is only `_extra_state`.
-    for chunk, values in zip(chunks, state.values(), strict=True):
-        chunk.load_state_dict({name: value for name, value in values.items() if torch.is_tensor(value)}, strict=False)
+    for chunk, name in zip(chunks, wanted, strict=True):
+        tensors = {key: value for key, value in state[name].items() if torch.is_tensor(value)}
+        chunk.load_state_dict(tensors, strict=False)

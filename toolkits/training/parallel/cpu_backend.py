@@ -46,6 +46,8 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.Tensor.type and len(args) == 1 and not kwargs:
             return func(*args).replace("torch.", "torch.cuda.", 1)
+        if kwargs.get("pin_memory"):  # needs a driver; it speeds up copies that do not happen
+            kwargs = {**kwargs, "pin_memory": False}
         if _is_cuda(kwargs.get("device")):
             kwargs = {**kwargs, "device": CPU}
         if func is torch.Tensor.to and len(args) > 1 and _is_cuda(args[1]):

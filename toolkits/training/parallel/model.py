@@ -1,6 +1,7 @@
 """A HuggingFace config becomes megatron-core's GPTModel of this rank."""
 
 import contextlib
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -8,18 +9,21 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.models.gpt import GPTModel
-from megatron.core.transformer import TransformerConfig
+from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 
 from ..config import ComputeSettings
-from ..layout import Layout
+from ..layout import GRADIENT_BUCKET, Layout
+from .fused import has_fused_weight_gradient, has_transformer_engine
+from .head import LossHead
 from .offload import saved_on_cpu
 from .spec import decoder_spec
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 ACTIVATIONS = {"silu": torch.nn.functional.silu}
 # Settings of the family that belong to GPTModel; all others are fields of TransformerConfig.
-GPT_SETTINGS = ("vocab_size", "max_position_embeddings", "rotary_base", "share_embeddings_and_output_weights")
+ROTARY_SETTINGS = ("rotary_base", "rotary_percent", "rope_scaling", "rope_scaling_factor")
+GPT_SETTINGS = ("vocab_size", "max_position_embeddings", "share_embeddings_and_output_weights", *ROTARY_SETTINGS)
 
 
 class PaddedVocabularyGPT(GPTModel):
@@ -36,15 +40,20 @@ class PaddedVocabularyGPT(GPTModel):
         with saved_on_cpu(self) if self.offloads else contextlib.nullcontext():
             return super().forward(*args, **kwargs)
 
-    def compute_language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """Return the cross entropy [b, s] of labels [b, s] under this rank's logits [s, b, vocab / TP]."""
-        first = parallel_state.get_tensor_model_parallel_rank() * logits.shape[-1]
-        real = max(0, self.real_vocab_size - first)
-        if real < logits.shape[-1]:
-            # Outside autograd: the softmax of -inf is 0, and so is the gradient that comes back.
-            with torch.no_grad():
-                logits[..., real:] = float("-inf")
-        return super().compute_language_model_loss(labels, logits)
+    def _preprocess(self, **inputs: Any) -> tuple[Any, ...]:
+        """Give each token of a packed row its own rotary angles [t, 1, 1, d]; see mcore_patches.py."""
+        decoder_input, angles, *rest = super()._preprocess(**inputs)
+        if inputs["packed_seq_params"] is not None and angles is not None and not self.config.apply_rope_fusion:
+            angles = angles[inputs["position_ids"].flatten()]
+        return decoder_input, angles, *rest
+
+    def _postprocess(self, *, hidden_states: torch.Tensor, labels: torch.Tensor | None, **rest: Any) -> torch.Tensor:
+        """Go from the last stage's hidden states straight to the loss fp32 [b, s] of labels [b, s]."""
+        if labels is None or not self.post_process:
+            return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
+        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        losses, _ = self.output_layer(hidden_states, weight, labels=labels, vocab_size=self.real_vocab_size)
+        return losses
 
 
 Chunks = tuple[PaddedVocabularyGPT, ...]  # this rank's parts of the model: one, or its virtual pipeline stages
@@ -55,7 +64,7 @@ def build_model(
 ) -> Chunks:
     """Build this rank's chunks of the model, bare (no wrapper), on the rank's device.
 
-    `settings` come from `conversion.plan.mcore_settings`; process groups must be up. `initialize` False
+    `settings` come from `conversion.settings.mcore_settings`; process groups must be up. `initialize` False
     leaves the weights as they are allocated, for a checkpoint to fill.
     """
     config = transformer_config(settings, layout, compute, initialize=initialize)
@@ -82,8 +91,10 @@ def _chunk(
         vp_stage=vp_stage,
         share_embeddings_and_output_weights=settings["share_embeddings_and_output_weights"],
         position_embedding_type="rope",
-        rotary_base=settings["rotary_base"],
+        **{name: settings[name] for name in ROTARY_SETTINGS if name in settings},
     )
+    if model.post_process:
+        model.output_layer.__class__ = LossHead  # GPTModel leaves no other choice of its output layer
     model.real_vocab_size = vocab_size
     model.offloads = compute.recompute == "offload"
     return model.cuda()
@@ -93,10 +104,12 @@ def transformer_config(
     settings: Mapping[str, Any], layout: Layout, compute: ComputeSettings, *, initialize: bool = True
 ) -> TransformerConfig:
     """Return megatron-core's config for a family's settings under a layout."""
-    fields = {name: value for name, value in settings.items() if name not in (*GPT_SETTINGS, "activation")}
-    fields |= _recompute_fields(compute)
+    kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
+    of_gpt = {*GPT_SETTINGS, "activation"} - {field.name for field in dataclasses.fields(kind)}
+    fields = {name: value for name, value in settings.items() if name not in of_gpt}
+    fields |= _recompute_fields(compute) | _fusion_fields(settings, compute)
     dtype = DTYPES[compute.precision]
-    return TransformerConfig(
+    return kind(
         **fields,
         activation_func=ACTIVATIONS[settings["activation"]],
         tensor_model_parallel_size=layout.tensor,
@@ -107,10 +120,13 @@ def transformer_config(
         overlap_p2p_comm=layout.chunks > 1,
         batch_p2p_comm=layout.chunks == 1,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor or None,
         sequence_parallel=layout.sequence,
         num_layers_in_first_pipeline_stage=layout.first_stage_layers or None,
-        bf16=compute.precision == "bf16",
-        fp16=compute.precision == "fp16",
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        fp8="hybrid" if compute.precision == "fp8" else None,  # E4M3 forward, E5M2 for gradients
         params_dtype=dtype,
         pipeline_dtype=dtype,
         hidden_dropout=0.0,
@@ -119,13 +135,21 @@ def transformer_config(
         use_cpu_initialization=not torch.cuda.is_available(),
         # The global batch's loss is its summed loss over its number of trained tokens, whichever rank has them.
         calculate_per_token_loss=True,
-        # Fused kernels of extensions that a machine without Transformer Engine and Apex does not have.
-        bias_activation_fusion=False,
-        bias_dropout_fusion=False,
-        masked_softmax_fusion=False,
-        apply_rope_fusion=False,
-        gradient_accumulation_fusion=False,
     )
+
+
+def _fusion_fields(settings: Mapping[str, Any], compute: ComputeSettings) -> dict[str, Any]:
+    """Choose megatron-core's fused operations: what this machine has a kernel or a compiler for."""
+    engine, gpu = compute.flash_attention and has_transformer_engine(), torch.cuda.is_available()
+    return {
+        # Compiled. The fused GELU is the tanh approximation, so only SwiGLU is exact.
+        "bias_activation_fusion": gpu and settings["activation"] == "silu",
+        "bias_dropout_fusion": gpu,
+        "masked_softmax_fusion": False,  # of an attention that we do not use
+        # Its kernel for packed rows does not know the interleaved form.
+        "apply_rope_fusion": engine and not settings.get("rotary_interleaved", False),
+        "gradient_accumulation_fusion": engine or has_fused_weight_gradient(),
+    }
 
 
 def _recompute_fields(compute: ComputeSettings) -> dict[str, Any]:
@@ -146,16 +170,43 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     return weight
 
 
-def wrap(chunks: Chunks, *, distributed_optimizer: bool) -> list[DistributedDataParallel]:
-    """Put each chunk behind megatron-core's data parallelism, gradients in fp32."""
+def wrap(chunks: Chunks, *, distributed_optimizer: bool, overlap: bool = True) -> list[DistributedDataParallel]:
+    """Put each chunk behind megatron-core's data parallelism, gradients in fp32.
+
+    With `overlap` and more than one replica, gradients are reduced in buckets while the backward pass still
+    runs, and the distributed optimizer's weights are gathered while the next forward pass runs: between a step
+    and that pass, `gather_weights` makes them whole.
+    """
     config = chunks[0].config
-    gradients = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=distributed_optimizer, overlap_grad_reduce=False
+    half, replicas = config.bf16 or config.fp16, parallel_state.get_data_parallel_world_size(with_context_parallel=True)
+    overlap = overlap and replicas > 1
+    communication = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=distributed_optimizer,
+        overlap_grad_reduce=True,
+        overlap_param_gather=overlap and distributed_optimizer,
+        bucket_size=GRADIENT_BUCKET,
     )
-    half = config.bf16 or config.fp16
-    return [
-        DistributedDataParallel(config, gradients, Float16Module(config, chunk) if half else chunk) for chunk in chunks
+    wrapped = [
+        # Buckets keep communication off the critical path; of later chunks it is not on it.
+        DistributedDataParallel(
+            config, communication, Float16Module(config, chunk) if half else chunk, disable_bucketing=number > 0
+        )
+        for number, chunk in enumerate(chunks)
     ]
+    # Not before: the optimizer is saved bucket by bucket, and a run goes on with or without overlap, at any DP.
+    communication.overlap_grad_reduce = overlap
+    if overlap:  # the schedule takes one function, or a list with one for each virtual stage
+        not_yet, now = [chunk.no_sync for chunk in wrapped], [chunk.start_grad_sync for chunk in wrapped]
+        config.no_sync_func, config.grad_sync_func = (not_yet, now) if len(wrapped) > 1 else (not_yet[0], now[0])
+    return wrapped
+
+
+def gather_weights(wrapped: list[DistributedDataParallel]) -> None:
+    """Make the weights whole on every rank after a step whose gathering overlaps with the next forward pass."""
+    for chunk in wrapped:
+        if chunk.ddp_config.overlap_param_gather:
+            chunk.start_param_sync(force_sync=True)
 
 
 def sharded_state(chunks: Chunks) -> dict[str, dict[str, Any]]:

@@ -30,6 +30,8 @@ def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
         layout.pipeline,
         virtual_pipeline_model_parallel_size=layout.chunks if layout.chunks > 1 else None,
         context_parallel_size=layout.context,
+        expert_model_parallel_size=layout.expert,
+        expert_tensor_parallel_size=layout.expert_tensor or None,
     )
     # Random weights: equal on the ranks that share a layer, different from one pipeline stage to the next.
     seed += STAGE_SEED * parallel_state.get_pipeline_model_parallel_rank()

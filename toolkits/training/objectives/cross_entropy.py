@@ -1,8 +1,4 @@
-"""Supervised fine-tuning: cross entropy of the trained tokens, summed.
-
-An objective is a module with `loss`: from the model's output and the micro batch to (summed loss, number of
-trained tokens, figures). The step divides the sums of the whole global batch.
-"""
+"""Cross entropy of the trained tokens, summed."""
 
 import torch
 

@@ -1,0 +1,5 @@
+#!/bin/sh
+# Fine-tune a DeepSeek-V3 model: 27 arguments, explained by --help.
+set -eu
+. "$(dirname -- "$(readlink -f -- "$0")")/_python.sh"
+exec "$python" -m toolkits.launch deepseek_v3 "$@"
