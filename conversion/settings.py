@@ -76,16 +76,31 @@ def places(hf: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _objections(condition: Condition, hf_config: Mapping[str, object]) -> Iterable[str]:
-    if condition.when is not None:
-        hf, expected = condition.when
-        if expected not in _said(hf_config, hf).values():
-            return
+    if condition.when is not None and not _says(hf_config, condition.when):
+        return
+    if condition.unless is not None and _says(hf_config, condition.unless):
+        return
     found = {place: _find(hf_config, place) for place in places(condition.hf)}
     found = {place: value for place, value in found.items() if value is not _ABSENT}
     for place, value in (found or {places(condition.hf)[0]: condition.default}).items():
-        each_allowed = all(each in condition.allowed for each in (value if isinstance(value, list) else [value]))
+        compared = _divided(value, condition.over, hf_config)
+        each_allowed = all(
+            each in condition.allowed for each in (compared if isinstance(compared, list) else [compared])
+        )
         if not (each_allowed or _is_at_least(value, condition.at_least, hf_config)):
             yield f"config.json says {place}={value}: {condition.reason}"
+
+
+def _says(hf_config: Mapping[str, object], claim: tuple[str | tuple[str, ...], object]) -> bool:
+    hf, expected = claim
+    return expected in _said(hf_config, hf).values()
+
+
+def _divided(value: object, field: str | None, hf_config: Mapping[str, object]) -> object:
+    if field is None:
+        return value
+    by = _find(hf_config, field)
+    return value // by if isinstance(value, int) and isinstance(by, int) and by > 0 else None
 
 
 def _is_at_least(value: object, field: str | None, hf_config: Mapping[str, object]) -> bool:

@@ -39,7 +39,7 @@ def main(rank: int, world: int, work: Path) -> None:
         model_parallel_cuda_manual_seed(1)
         for folder in sorted(path.parent for path in work.glob("*/mcore")):
             name = f"{folder.name} TP{tensor} PP{pipeline}" + (f" EP{expert}" if expert > 1 else "")
-            if result := check(folder, Layout(world, tensor, pipeline, False, 1, expert=expert), expert):
+            if result := check(folder, Layout(world, tensor, pipeline, tensor > 1, 1, expert=expert), expert):
                 results[name] = result
         if (tensor, pipeline, expert) == (1, 1, 1):
             results["prediction"] = prediction_shapes(work / "deepseek-v3" / "hf")
@@ -71,7 +71,6 @@ def check(folder: Path, layout, expert: int) -> dict | None:
         model.sharded_state_dict(), str(folder / "mcore" / "release"), strict=StrictHandling.RAISE_UNEXPECTED
     )
     model.load_state_dict(state, strict=False)
-    model.eval()  # experts under TP are not trained without sequence parallelism
     truth = torch.load(folder / "truth.pt")
     with torch.no_grad():
         logits = forward(model, truth["ids"])
@@ -114,7 +113,10 @@ def forward(model, ids):
     positions = torch.arange(ids.shape[1])[None]
     mask = torch.triu(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool), 1)[None, None]
     if not model.pre_process:
-        hidden = torch.empty(ids.shape[1], ids.shape[0], model.config.hidden_size)
+        tokens = ids.shape[1]
+        if model.config.sequence_parallel:
+            tokens //= parallel_state.get_tensor_model_parallel_world_size()
+        hidden = torch.empty(tokens, ids.shape[0], model.config.hidden_size)
         torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
         model.set_input_tensor(hidden)
     output = model(ids, positions, mask, runtime_gather_output=True)

@@ -117,7 +117,6 @@ DEEPSEEK_V2 = ModelFamily(
         Condition("topk_method", ("greedy", None), "megatron-core 0.16.1 scores groups by more than their best expert"),
         Condition("norm_topk_prob", (False, None), "transformers does not compute it"),
     ),
-    never_exact=(moe.NOT_BUILT,),
 )
 
 PREDICTION_LAYERS = PredictionLayers(
@@ -156,6 +155,13 @@ DEEPSEEK_V3 = dataclasses.replace(
     exact_when=(
         *EXACT_WHEN,
         Condition("norm_topk_prob", (True, None), "megatron-core's sigmoid scores always add up to 1"),
+        Condition(
+            "num_experts_per_tok",
+            (2,),
+            "divided by topk_group it is the number of experts that megatron-core scores a group by; the model takes 2",
+            over="topk_group",
+            unless=("n_group", 1),
+        ),
         Condition("rope_interleave", (True, None), "only interleaved rotary positions are built in latent attention"),
     ),
 )

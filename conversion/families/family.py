@@ -47,9 +47,9 @@ class Setting:
 class Condition:
     """What config.json has to say for training to be exact; conversion never asks.
 
-    The field, in each of its spellings, is one of `allowed` (a list: each of its elements is), or at least as
-    large as the field `at_least`. `default` is what transformers takes when it is absent. With `when` the
-    condition is asked only where that field says that value.
+    The field, in each of its spellings and divided by the field `over`, is one of `allowed` (a list: each of its
+    elements is), or at least as large as the field `at_least`. `default` is what transformers takes when it is
+    absent. The condition is asked only where `when` says that value, and not where `unless` does.
     """
 
     hf: str | tuple[str, ...]
@@ -58,6 +58,8 @@ class Condition:
     default: object = None
     at_least: str | None = None
     when: tuple[str | tuple[str, ...], object] | None = None
+    unless: tuple[str | tuple[str, ...], object] | None = None
+    over: str | None = None
 
 
 @dataclass(frozen=True)

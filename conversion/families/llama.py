@@ -84,5 +84,4 @@ MIXTRAL = dataclasses.replace(
     ),
     expert_layers=ExpertLayers(),
     exact_when=(*dense.EXACT_WHEN, dense.NO_SHORT_WINDOW),
-    never_exact=(moe.NOT_BUILT,),
 )

@@ -14,7 +14,6 @@ SETTINGS = (
     Setting("num_experts_per_tok", "moe_router_topk", "count"),
     NORM_TOPK,
 )
-NOT_BUILT = "training with experts is not built"
 CONSTANTS = {"moe_router_load_balancing_type": "none"}
 
 NORM = (

@@ -36,7 +36,6 @@ QWEN2_MOE = dataclasses.replace(
     constants={**QWEN2.constants, **moe.CONSTANTS, "moe_shared_expert_gate": True},
     rules=QWEN2.rules + moe.NORM + moe.ROUTER + moe.EXPERTS + moe.SHARED_EXPERT,
     expert_layers=ExpertLayers(step="decoder_sparse_step", dense="mlp_only_layers"),
-    never_exact=(moe.NOT_BUILT,),
 )
 
 QWEN3_MOE = dataclasses.replace(
@@ -47,5 +46,4 @@ QWEN3_MOE = dataclasses.replace(
     constants={**QWEN3.constants, **moe.CONSTANTS},
     rules=QWEN3.rules + moe.NORM + moe.ROUTER + moe.EXPERTS,
     expert_layers=ExpertLayers(step="decoder_sparse_step", dense="mlp_only_layers"),
-    never_exact=(moe.NOT_BUILT,),
 )
