@@ -19,7 +19,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 import toolkits.training.run as line
-from data_preprocessing.dataset import DatasetWriter
+from data_preprocessing.writer import DatasetWriter
 from toolkits.planning.timing import PEAK_FLOPS, flops_per_token
 from toolkits.planning.weights import Tuning, sizes_of
 from toolkits.training import loop

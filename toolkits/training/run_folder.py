@@ -15,10 +15,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conversion.generation_config import stop_at
 from conversion.hf_checkpoint import copy_sidecar_files
 from conversion.mcore_directory import step_folders
-from data_preprocessing.chat import tokenizer_fingerprint
-from data_preprocessing.dataset import document_prefix
+from data_preprocessing.dataset import document_prefix, open_dataset
+from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import UsageError
 from ..foundation.lock import locked
@@ -26,6 +27,7 @@ from ..foundation.publish import publish_directory, remove_unfinished, write_tex
 from ..monitoring.lineage import weights_digest
 from .blend import parse_blend, whole_weights
 from .config import TrainConfig
+from .ending import end_token
 from .sources import ModelSource
 
 FINGERPRINT = "fingerprint.json"
@@ -74,8 +76,20 @@ def claimed(folder: Path, config: TrainConfig, source: ModelSource) -> Iterator[
         if not step_folders(folder):
             with publish_directory(folder / "hf", overwrite=True) as temporary:
                 copy_sidecar_files(source.hf_files, temporary)
+                remarks += _stop_where_trained(temporary, config.data.data)
         write_text(folder / FINGERPRINT, json.dumps(now, indent=1))
         yield remarks
+
+
+def _stop_where_trained(hf_files: Path, data: str) -> list[str]:
+    """Let the tuned model stop at the tokens that its training ends answers with; return what that changes."""
+    ends = [end_token(open_dataset(part.path)) for part in parse_blend(data)]
+    before = {end: stop_at(hf_files, end) for end in dict.fromkeys(ends) if end is not None}
+    return [
+        f"answers in the data end with token {end}: generation_config.json gets it beside {known or 'none'}"
+        for end, known in before.items()
+        if known is not None
+    ]
 
 
 def _compare(folder: Path, now: Mapping[str, Any], config: TrainConfig) -> list[str]:
