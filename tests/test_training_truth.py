@@ -335,8 +335,10 @@ def test_a_run_leaves_what_the_launchers_contract_says(alone):
         "hf",
         "iter_0000006",
         "latest_checkpointed_iteration.txt",
+        "lineage.json",
         "loss.png",
         "metrics.jsonl",
+        "run.json",
     }
     assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
     assert (run / "latest_checkpointed_iteration.txt").read_text() == "6"
