@@ -19,7 +19,7 @@ from toolkits.launch.arguments import LAUNCHERS, VARIABLES
 from toolkits.launch.checks import check_call
 from toolkits.planning.figures import quoted
 from toolkits.planning.layouts import Question, answer
-from toolkits.planning.line import AC_WORDS, LAUNCHER_OF_FAMILY, launcher_line, launcher_of
+from toolkits.planning.line import AC_WORDS, launcher_line
 from toolkits.planning.memory import USABLE, offload_that_fits, run_memory
 from toolkits.planning.states import ELEMENT, Share, Storage, buckets, states
 from toolkits.planning.timing import flops_per_token, step_time
@@ -266,7 +266,7 @@ def test_the_line_carries_every_setting_that_was_given(model):
 
 
 def test_everything_that_is_asked_has_a_place_in_the_line():
-    placed = {entry.setting for entry in (*LAUNCHERS["qwen"].positions, *VARIABLES)}
+    placed = {entry.setting for entry in (*LAUNCHERS["qwen3"].positions, *VARIABLES)}
     assert placed >= TAKEN | SEARCHED
 
 
@@ -312,11 +312,11 @@ def test_every_way_of_recomputing_has_its_launcher_word():
     assert set(AC_WORDS.values()) <= set(entry.kind.examples)
 
 
-def test_every_launcher_of_the_planner_has_a_word_for_every_position():
-    layout = layout_of(config(), PLAN.settings, 8)
-    for family in map(launcher_of, LAUNCHER_OF_FAMILY):
-        line = launcher_line(family, config(), layout, num_parameters=PLAN.num_parameters, checkpoint="CKPT")
-        assert len(shlex.split(line)) == 3 + len(family.positions)
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_line_of_every_launcher_has_a_word_for_every_position(name):
+    layout, launcher = layout_of(config(), PLAN.settings, 8), LAUNCHERS[name]
+    line = launcher_line(launcher, config(), layout, plan=PLAN, checkpoint="CKPT")
+    assert len(shlex.split(line)) == 3 + len(launcher.positions)
 
 
 def test_planning_imports_no_torch(model):

@@ -13,11 +13,19 @@ from ..planning.weights import Method, Tuning
 from ..training.config import TrainConfig, all_settings
 from ..training.options import setting_option
 
-SEARCHED = {"tensor_parallel", "pipeline_parallel", "context_parallel", "micro_batch_size", "recompute"}
+SEARCHED = {
+    "tensor_parallel",
+    "pipeline_parallel",
+    "context_parallel",
+    "expert_parallel",
+    "micro_batch_size",
+    "recompute",
+}
 TAKEN = {
     "seq_len",
     "global_batch_size",
     "precision",
+    "expert_tensor_parallel",
     "sequence_parallel",
     "distributed_optimizer",
     "first_stage_layers",

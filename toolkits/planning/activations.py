@@ -4,7 +4,8 @@ from collections.abc import Iterable
 
 from ..training.layout import LOSS_TOKENS, Layout
 from .layer import INDEX, WIDE, MicroBatch, norm_bytes, tuned_layer_bytes
-from .weights import Sizes, Tuning, chunk_layers
+from .sizes import Sizes
+from .weights import Tuning, chunk_layers
 
 
 def kept_layers_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, layers: Iterable[int]) -> int:

@@ -8,8 +8,9 @@ from ..launch.arguments import LAUNCHERS
 from ..launch.kinds import ModelSize
 from ..training.config import TrainConfig
 from .memory import gigabytes
+from .sizes import sizes_of
 from .states import ELEMENT, NF4_BYTES
-from .weights import Tuning, adapter_parameters, model_weights
+from .weights import Tuning, active_parameters, adapter_parameters, model_weights
 
 QUOTED_RANK = 8  # of the LoRA figures that people quote
 OPTIMIZER_ON_DISK = 12  # bytes a parameter: fp32 weight and two fp32 moments
@@ -26,15 +27,18 @@ class Figure:
 
     @property
     def text(self) -> str:
-        return gigabytes(self.value) if self.unit == "bytes" else f"{self.value / 1e6:.1f} M"
+        if self.unit == "bytes":
+            return gigabytes(self.value)
+        return f"{self.value / 1e9:.2f} B" if self.value >= 1e9 else f"{self.value / 1e6:.1f} M"
 
 
 def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
     """Return what is said of the model's training memory: states only, summed over all ranks."""
-    count, nominal = plan.num_parameters, _nominal(plan.num_parameters)
+    count, nominal = plan.num_parameters, _nominal(plan)
     billions = f"{count / 1e9:.3f} B"
     quantised = qlora_weights(plan)
     return [
+        *_active(plan),
         Figure(
             "Megatron, AdamW, bf16",
             18 * count,
@@ -64,12 +68,19 @@ def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
     ]
 
 
+def _active(plan: Plan) -> list[Figure]:
+    if (experts := sizes_of(plan).experts) is None:
+        return []
+    said = f"all but the {experts.number - experts.chosen} of {experts.number} experts that a token does not choose"
+    return [Figure("active parameters", active_parameters(plan), f"{said}, both embeddings", unit="parameters")]
+
+
 def _lora(plan: Plan, rank: int) -> Figure:
     adapters, count = adapter_parameters(plan, rank), plan.num_parameters
     return Figure(
         f"LoRA r={rank}, all matrices",
         adapters,
-        "r x (rows + columns) of q, k, v, o, gate, up, down of every layer: "
+        "r x (rows + columns) of q, k, v, o, gate, up, down, and their like, of every layer: "
         f"{adapters / count:.3%} of {count / 1e9:.3f} B",
         unit="parameters",
     )
@@ -86,8 +97,9 @@ def disk_bytes(plan: Plan, config: TrainConfig, tuning: Tuning) -> int:
     return (config.output.keep_last + 1) * count * (ELEMENT[config.compute.precision] + OPTIMIZER_ON_DISK)
 
 
-def _nominal(count: int) -> float:
-    """Return the size in a launcher's list that is nearest to `count`: the number in the model's name."""
-    kinds = [entry.kind for family in LAUNCHERS.values() for entry in family.positions]
+def _nominal(plan: Plan) -> float:
+    """Return the size in the lists of the family's launchers that is nearest: the number in the model's name."""
+    of_family = [each for each in LAUNCHERS.values() if plan.family.name in each.families]
+    kinds = [entry.kind for launcher in of_family or LAUNCHERS.values() for entry in launcher.positions]
     sizes = [kind.read(word) for kind in kinds if isinstance(kind, ModelSize) for word in kind.known]
-    return min((size for size in sizes if size is not None), key=lambda size: abs(size - count))
+    return min((size for size in sizes if size is not None), key=lambda size: abs(size - plan.num_parameters))

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 
 from ..training.config import TrainConfig
 from ..training.layout import Layout
+from .sizes import Experts, Sizes
 from .states import ELEMENT
-from .weights import Experts, Sizes, Tuning, expert_ranks
+from .weights import Tuning, expert_ranks
 
 WIDE = 4  # bytes of a number inside the norm, the softmax and the loss
 INDEX = 8  # bytes of a token id, or of a key's place
@@ -93,13 +94,17 @@ def tuned_layer_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, expert
     return whole - normed + inputs * batch.element * tuning.lora_rank
 
 
-def norm_bytes(batch: MicroBatch, width: int, *, beside: int = 0) -> int:
+def norm_bytes(batch: MicroBatch, width: int, *, cut_from: int | None = None) -> int:
     """Return what a norm saves: its input, its output (a matrix's input) and 1/rms.
 
-    Not compiled, it saves the input in fp32, and the normed input too; compiled, what its input was cut off from.
+    Not compiled, it saves the input in fp32, and the normed input too. An input that is not copied to fp32 keeps the
+    tensor that it was cut from, of `cut_from` elements.
     """
-    each = 2 * batch.element * width if batch.fused else (WIDE + 2 * batch.element) * width
-    return batch.inside * (each + WIDE + batch.fused * batch.element * beside)
+    copied = not batch.fused and batch.element < WIDE
+    numbers = batch.inside * width
+    input_ = numbers if cut_from is None or copied else cut_from
+    outputs = numbers * batch.element * (1 if batch.fused else 2)
+    return input_ * (WIDE if copied else batch.element) + outputs + batch.inside * WIDE
 
 
 def attention_bytes(sizes: Sizes, batch: MicroBatch) -> int:
@@ -138,8 +143,9 @@ def _rotary_bytes(sizes: Sizes, batch: MicroBatch) -> int:
 def _latent_norms_bytes(sizes: Sizes, batch: MicroBatch) -> int:
     if (latent := sizes.latent) is None:
         return 0
-    query = norm_bytes(batch, latent.query_rank) if latent.query_rank else 0
-    return query + norm_bytes(batch, latent.kv_rank, beside=latent.rope)
+    query, kv = latent.query_rank, latent.kv_rank
+    kept = norm_bytes(batch, kv, cut_from=batch.tokens * (kv + latent.rope))
+    return kept + (norm_bytes(batch, query, cut_from=batch.tokens * query) if query else 0)
 
 
 def experts_bytes(hidden: int, experts: Experts, batch: MicroBatch) -> int:
@@ -174,12 +180,14 @@ def _rows(experts: Experts, batch: MicroBatch) -> int:
 
 def _choice_bytes(experts: Experts) -> int:
     """Return what choosing the experts of one token saves, by megatron-core's ways of scoring them."""
-    chosen = INDEX * experts.chosen
-    if experts.scores == "sigmoid":
-        groups = experts.groups and INDEX * (experts.groups * (experts.chosen // experts.chosen_groups))
-        groups += experts.groups and INDEX * experts.chosen_groups + experts.number  # with a mask of those left out
-        return WIDE * (experts.number + experts.chosen + 1) + chosen + groups
-    return WIDE * (experts.number if experts.scores == "all" else experts.chosen) + chosen
+    places = INDEX * experts.chosen
+    if experts.scores != "sigmoid":
+        return WIDE * (experts.number if experts.scores == "all" else experts.chosen) + places
+    found = WIDE * (experts.number + experts.chosen + 1) + places  # and the sum of the chosen ones' scores
+    if experts.groups:  # the best of each, the groups that are left, and a mask of the others' experts
+        best = experts.groups * (experts.chosen // experts.chosen_groups)
+        found += INDEX * (best + experts.chosen_groups) + experts.number
+    return found
 
 
 def _gated_bytes(batch: MicroBatch, width: int) -> int:

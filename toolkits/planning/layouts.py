@@ -1,7 +1,7 @@
 """Every layout that the rules allow, what it needs and how long a step may take; and the one to take."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from conversion.plan import Plan
@@ -11,6 +11,7 @@ from ..training.config import TrainConfig
 from ..training.layout import Layout, layout_of, layout_problems
 from .line import GPUS_OF_NODE, not_built
 from .memory import USABLE, RankMemory, gigabytes, offload_that_fits, run_memory
+from .sizes import sizes_of
 from .states import ON_HOST
 from .timing import StepTime, step_time
 from .weights import Tuning
@@ -73,6 +74,8 @@ class Candidate:
         said = f"TP {layout.tensor} x PP {layout.pipeline}"
         said += f" ({layout.chunks} virtual stages a rank)" if layout.chunks > 1 else ""
         said += f" x CP {layout.context}" if layout.context > 1 else ""
+        said += f" x EP {layout.expert}" if layout.expert > 1 else ""
+        said += f" x ETP {layout.expert_tensor}" if layout.expert_tensor else ""
         said += f" x DP {layout.data}, micro batch {self.config.batch.micro_batch_size}"
         said += f", recompute {recompute}" if recompute != "none" else ""
         return said + (f", {self.offload:.0%} of the optimizer in CPU memory" if self.offload else "")
@@ -132,29 +135,37 @@ def _offload(question: Question, config: TrainConfig, layout: Layout) -> float:
 
 
 def _candidates(question: Question, *, context: list[int]) -> Iterator[Candidate]:
-    for config in _configs(question, context):
-        if not layout_problems(config, question.plan.settings, question.gpus):
-            yield evaluated(question, config)
+    model, gpus = question.plan.settings, question.gpus
+    divisors = _divisors(gpus)
+    layouts = {
+        "context_parallel": context,
+        "tensor_parallel": [number for number in divisors if number <= GPUS_OF_NODE],  # inside a node
+        "pipeline_parallel": divisors,
+        "expert_parallel": divisors if sizes_of(question.plan).experts else [1],
+    }
+    ways = {
+        "micro_batch_size": MICRO_BATCHES,
+        "recompute": ["none"] + ([] if not_built("full", "full") else ["full"]),
+    }
+    for config in _variants(question, [question.config], layouts):
+        if not layout_problems(config, model, gpus):  # with one row in a micro batch; others may break a rule more
+            for way in _variants(question, [config], ways):
+                if not layout_problems(way, model, gpus):
+                    yield evaluated(question, way)
 
 
 def _divisors(number: int) -> list[int]:
     return [each for each in range(1, number + 1) if number % each == 0]
 
 
-def _configs(question: Question, context: list[int]) -> Iterator[TrainConfig]:
-    divisors = _divisors(question.gpus)
-    recompute = ["none"] + ([] if not_built("full", "full") else ["full"])
-    choices = {
-        "tensor_parallel": [number for number in divisors if number <= GPUS_OF_NODE],  # inside a node
-        "pipeline_parallel": divisors,
-        "micro_batch_size": MICRO_BATCHES,
-        "recompute": recompute,
-    }
-    found = [changed(question.config, context_parallel=number) for number in context]
+def _variants(
+    question: Question, configs: list[TrainConfig], choices: Mapping[str, Sequence[object]]
+) -> list[TrainConfig]:
+    """Return `configs` with every combination of `choices`; what is fixed stays."""
     for name, values in choices.items():
         if name not in question.fixed:
-            found = [changed(config, **{name: value}) for config in found for value in values]
-    return iter(found)
+            configs = [changed(config, **{name: value}) for config in configs for value in values]
+    return configs
 
 
 def changed(config: TrainConfig, **values: object) -> TrainConfig:
@@ -170,7 +181,9 @@ def _reason(question: Question, all_of_them: list[Candidate], fitting: list[Cand
         need = f": {least.name} needs {gigabytes(least.bytes)}" if least else " the rules"
         said.append(f"rows are divided by CP because no layout without it fits{need}")
     smaller = [each for each in all_of_them if each.split < chosen.split]
-    if chosen.split == 1 < chosen.layout.world:
+    if chosen.layout.expert > 1 and "expert_parallel" not in question.fixed:
+        said.append(_why_experts_are_divided(all_of_them, fitting, chosen))
+    if chosen.split == 1 < chosen.layout.world and chosen.layout.expert == 1:
         said.append("the model fits one GPU, so all GPUs are data parallel and nothing is sent inside a layer")
     elif smaller and not any(each in fitting for each in smaller):
         least = min(smaller, key=lambda each: each.bytes)
@@ -183,6 +196,15 @@ def _reason(question: Question, all_of_them: list[Candidate], fitting: list[Cand
         next_best = min(others, key=_preference)
         said.append(f"the next is {next_best.name} with about {next_best.time.seconds:.2f} s a step")
     return "; ".join(said) + "."
+
+
+def _why_experts_are_divided(all_of_them: list[Candidate], fitting: list[Candidate], chosen: Candidate) -> str:
+    fewer = [each for each in all_of_them if each.layout.expert < chosen.layout.expert]
+    if best := min((each for each in fitting if each in fewer), key=_preference, default=None):
+        return f"with a smaller EP, {best.name} fits too: about {best.time.seconds:.2f} s a step"
+    least = min(fewer, key=lambda each: each.bytes, default=None)
+    need = f": {least.name} needs {gigabytes(least.bytes)}" if least else " the rules"
+    return f"experts are divided by EP because no layout with a smaller EP fits{need}"
 
 
 def _nothing_fits(question: Question, candidates: list[Candidate]) -> str:

@@ -2,14 +2,17 @@
 
 import shlex
 
+from conversion.plan import Plan
+
 from ..foundation.errors import UsageError, raise_all
 from ..launch.arguments import LAUNCHERS, RECOMPUTE, VARIABLES, Launcher
 from ..launch.kinds import human_size
 from ..launch.reading import complaint
 from ..training.config import TrainConfig, all_settings
 from ..training.layout import Layout
+from .sizes import sizes_of
+from .weights import expert_ranks
 
-LAUNCHER_OF_FAMILY = {"qwen2": "qwen"}  # a family of conversion/families -> its launcher
 AC_WORDS = {setting: word for word, setting in reversed(RECOMPUTE.items())}
 TRAINED_METHODS = ("full",)
 DATA, OUT = "DATA", "OUT"  # left to the user
@@ -17,28 +20,23 @@ TRAIN_ITERS, WARMUP_ITERS = "1000", "100"
 GPUS_OF_NODE = 8
 
 
-def launcher_of(family: str) -> Launcher | None:
-    """Return the launcher of a model family, or None when it has none."""
-    name = LAUNCHER_OF_FAMILY.get(family)
-    return None if name is None else LAUNCHERS[name]
-
-
-def launcher_line(
-    family: Launcher, config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str
-) -> str:
+def launcher_line(launcher: Launcher, config: TrainConfig, layout: Layout, *, plan: Plan, checkpoint: str) -> str:
     """Return the line that starts the run; raise UsageError for a word that the launcher's table refuses."""
-    words = _words(config, layout, num_parameters=num_parameters, checkpoint=checkpoint)
+    words = _words(config, layout, plan=plan, checkpoint=checkpoint)
     variables = {"NPROC_PER_NODE": str(min(layout.world, GPUS_OF_NODE)), **_variables(config)}
+    over = config.layout.expert_tensor_parallel
+    if over and "ETP" not in {entry.name for entry in launcher.positions}:
+        variables["EXTRA_ARGS"] = f"--expert-tensor-parallel {over}"
     problems = []
-    for entry in (*family.positions, *VARIABLES):
+    for entry in (*launcher.positions, *VARIABLES):
         word = (words | variables).get(entry.name)
         problem = None if word is None else complaint(entry, word)
         if problem is not None:
             problems.append(f"{entry.name} {word} {problem}")
-    raise_all(UsageError, family.script, problems)
+    raise_all(UsageError, launcher.script, problems)
     before = " ".join(f"{name}={shlex.quote(word)}" for name, word in variables.items())
-    typed = shlex.join(words[entry.name] for entry in family.positions)
-    return f"{before} sh run_scripts/{family.script} {typed}"
+    typed = shlex.join(words[entry.name] for entry in launcher.positions)
+    return f"{before} sh run_scripts/{launcher.script} {typed}"
 
 
 def _variables(config: TrainConfig) -> dict[str, str]:
@@ -55,18 +53,18 @@ def _variables(config: TrainConfig) -> dict[str, str]:
 def not_built(method: str, recompute: str) -> list[str]:
     """Return what `temper train` refuses today of a way of tuning, by name."""
     found = [] if method in TRAINED_METHODS else [f"--method {method} is not built yet"]
-    entries = {entry.name: entry for family in LAUNCHERS.values() for entry in family.positions}
+    entries = {entry.name: entry for launcher in LAUNCHERS.values() for entry in launcher.positions}
     word = AC_WORDS[recompute]
     problem = complaint(entries["AC"], word)
     return found + ([f"AC={word} {problem}"] if problem else [])
 
 
-def _words(config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoint: str) -> dict[str, str]:
+def _words(config: TrainConfig, layout: Layout, *, plan: Plan, checkpoint: str) -> dict[str, str]:
     """Return a word for every position that a launcher has, by its name."""
     said = config.values()
     return {
         "ENV": "dsw" if layout.world <= GPUS_OF_NODE else "dlc",
-        "MODEL_SIZE": human_size(num_parameters),
+        "MODEL_SIZE": human_size(plan.num_parameters),
         "BATCH_SIZE": str(said["micro_batch_size"]),
         "GLOBAL_BATCH_SIZE": str(said["global_batch_size"]),
         "LR": _short(said["lr"]),
@@ -77,6 +75,8 @@ def _words(config: TrainConfig, layout: Layout, *, num_parameters: int, checkpoi
         "TP": str(layout.tensor),
         "PP": str(layout.pipeline),
         "CP": str(layout.context),
+        "ETP": str(expert_ranks(layout) if sizes_of(plan).experts else 1),
+        "EP": str(layout.expert),
         "SP": _switch(said["sequence_parallel"]),
         "DO": _switch(said["distributed_optimizer"]),
         "FL": _switch(said["flash_attention"]),

@@ -9,8 +9,9 @@ from ..training.config import TrainConfig
 from ..training.layout import Layout
 from . import activations
 from .layer import MicroBatch, dispatched_bytes, micro_batch
+from .sizes import Sizes, sizes_of
 from .states import MASTER, ON_HOST, States, Storage, states, storage_of
-from .weights import Sizes, Tuning, Weight, registered_elements, sizes_of, stage_weights
+from .weights import Tuning, Weight, registered_elements, stage_weights
 
 # Of a card's memory; the rest is for the driver's context, NCCL's buffers and what the allocator cannot use.
 USABLE = 0.92

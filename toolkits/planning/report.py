@@ -8,10 +8,11 @@ from typing import Any
 from conversion.settings import untrainable_reasons
 
 from ..foundation.errors import UsageError
+from ..launch.arguments import launcher_of
 from .figures import Figure, disk_bytes, quoted
 from .layouts import Answer, Candidate, Question, answer, changed, evaluated
-from .line import launcher_line, launcher_of, not_built
-from .weights import Method, Tuning
+from .line import launcher_line, not_built
+from .weights import Method, Tuning, active_parameters, expert_ranks
 
 # What is shown beside the layout, whether it is built or not.
 WAYS: tuple[tuple[Method, str], ...] = (("full", "none"), ("full", "full"), ("lora", "none"), ("qlora", "none"))
@@ -64,17 +65,11 @@ def report(question: Question, hf_config: Mapping[str, object], *, checkpoint: s
 
 def _line(question: Question, chosen: Candidate, checkpoint: str) -> tuple[str | None, list[str]]:
     name = question.plan.family.name
-    family = launcher_of(name)
-    if family is None:
+    launcher = launcher_of(name)
+    if launcher is None:
         return None, [f"family {name} has no launcher yet; `temper train sft --help` takes the same settings"]
     try:
-        line = launcher_line(
-            family,
-            chosen.config,
-            chosen.layout,
-            num_parameters=question.plan.num_parameters,
-            checkpoint=checkpoint,
-        )
+        line = launcher_line(launcher, chosen.config, chosen.layout, plan=question.plan, checkpoint=checkpoint)
     except UsageError as error:
         return None, [str(error)]
     return line, []
@@ -94,6 +89,7 @@ def as_json(said: Report) -> dict[str, Any]:
     question = said.question
     return {
         "parameters": question.plan.num_parameters,
+        "active_parameters": active_parameters(question.plan),
         "gpus": question.gpus,
         "gpu_bytes": question.gpu_bytes,
         "usable_bytes": question.usable_bytes,
@@ -117,6 +113,8 @@ def _layout(candidate: Candidate) -> dict[str, Any]:
         "tensor": layout.tensor,
         "pipeline": layout.pipeline,
         "context": layout.context,
+        "expert": layout.expert,
+        "expert_tensor": expert_ranks(layout),
         "data": layout.data,
         "virtual_stages": layout.chunks,
         "micro_batch_size": config.batch.micro_batch_size,

@@ -100,7 +100,7 @@ class States:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A piece of the gradient buffer that is reduced at once: element ranges of the buffer, weight by weight."""
+    """A piece of the gradient buffer that is reduced at once, and the ranges of it in which weights lie."""
 
     start: int
     end: int
@@ -167,7 +167,10 @@ def buckets(weights: Iterable[Weight], shards: int, elements: int | None = None)
         if weight.shared and inside:
             yield Bucket(start, end := _up(position, divisor), tuple(inside))
             start, position, inside = end, end, []
-        inside.append((position, position + weight.count))
+        if inside and inside[-1][1] == position:
+            inside[-1] = (inside[-1][0], position + weight.count)
+        else:
+            inside.append((position, position + weight.count))
         position += weight.count
         if weight.shared or (elements is not None and position - start >= elements):
             yield Bucket(start, end := _up(position, divisor), tuple(inside))

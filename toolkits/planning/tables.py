@@ -8,6 +8,7 @@ from rich.table import Table
 from .layouts import GPUS_OF_NODE, Candidate
 from .memory import USABLE, RankMemory, gigabytes
 from .report import Report
+from .sizes import sizes_of
 from .timing import ASSUMED_MFU, CPU_PARAMETERS, FULL_SPEED_TOKENS, LINK_BYTES, PEAK_FLOPS
 
 WIDE = 120  # columns where nobody watches
@@ -51,14 +52,14 @@ def _layouts(said: Report) -> Table:
     found = sorted(said.answer.candidates, key=lambda each: (not said.question.holds(each), each.time.seconds))
     title = f"Layouts for {said.question.tuning.method}: {len(found)}, the best {min(MOST_LAYOUTS, len(found))} shown"
     table = Table(
-        "TP", "PP", "CP", "DP", "micro batch", "recompute", "GB a rank", "fits", "step, estimated", title=title
+        "TP", "PP", "CP", "EP", "DP", "micro batch", "recompute", "GB a rank", "fits", "step, estimated", title=title
     )
     for each in found[:MOST_LAYOUTS]:
         layout = each.layout
         table.add_row(
             str(layout.tensor),
             f"{layout.pipeline}" + (f" (VP {layout.chunks})" if layout.chunks > 1 else ""),
-            *map(str, (layout.context, layout.data, each.config.batch.micro_batch_size)),
+            *map(str, (layout.context, layout.expert, layout.data, each.config.batch.micro_batch_size)),
             each.config.compute.recompute,
             _gb(each.bytes),
             "yes" if said.question.holds(each) else "no",
@@ -84,6 +85,11 @@ def _conclusions(said: Report) -> Iterator[str]:
         "          other: what the backward pass takes beyond the loss: the largest weight's gradient, gathered tokens "
         "and keys, one layer's gradients"
     )
+    if sizes_of(question.plan).experts:
+        yield (
+            "          activations of experts: as many tokens for each rank's, the mean; with EP a rank whose experts "
+            "are popular needs more"
+        )
     if said.shown.host_bytes:
         yield (
             f"          {gigabytes(said.shown.host_bytes)} of CPU memory a node of {GPUS_OF_NODE} GPUs, for "
@@ -99,8 +105,8 @@ def _conclusions(said: Report) -> Iterator[str]:
     )
     yield (
         f"time      ESTIMATE, not measured: {time.seconds:.2f} s a step, {time.tokens_per_second_per_gpu:,.0f} "
-        f"tokens/s a GPU. {time.flops_per_token / 1e9:.1f} GFLOP a token (6N without the input embedding + causal "
-        "attention)"
+        f"tokens/s a GPU. {time.flops_per_token / 1e9:.1f} GFLOP a token (6 for each parameter that it meets but the "
+        "input embedding, + causal attention)"
     )
     peak = question.peak_flops or PEAK_FLOPS[said.shown.config.compute.precision]
     yield (
@@ -108,6 +114,8 @@ def _conclusions(said: Report) -> Iterator[str]:
         f"less with TP and below {FULL_SPEED_TOKENS:,} tokens a micro batch), pipeline waits {time.bubble:.0%}, "
         f"gradients reduced at {LINK_BYTES / 1e9:.0f} GB/s in {time.reduce_seconds:.2f} s"
         + (f", keys and values of CP gathered in {time.gather_seconds:.2f} s" if time.gather_seconds else "")
+        + (", experts as fast as other matrices" if sizes_of(question.plan).experts else "")
+        + (f", tokens sent to their experts in {time.dispatch_seconds:.2f} s" if time.dispatch_seconds else "")
         + (f", {CPU_PARAMETERS / 1e9:g} B parameters/s stepped by the CPU of a rank" if time.cpu_seconds else "")
     )
 

@@ -1,9 +1,9 @@
 """An estimate of the time of one optimizer step; nothing here is measured, and every assumption has a name.
 
-FLOPs of a token, forward and backward: 6 for each weight of a matrix (the input embedding is a look-up and
-counts nothing, the output layer counts) and 6 x layers x query width x SEQ_LEN of causal attention (Kaplan et
-al., 2020; half of the full attention's 12). Frozen weights take 4 instead of 6; full recomputation runs the
-forward pass, a third of that, a second time.
+FLOPs of a token, forward and backward: 6 for each weight that it meets (the input embedding is a look-up and counts
+nothing, the output layer counts; of experts the chosen ones and the shared one) and 3 x layers x (width of the queries
++ width of the attended values) x SEQ_LEN of causal attention (Kaplan et al., 2020; half of the full attention's).
+Frozen weights take 4 instead of 6; full recomputation runs the forward pass, a third of that, a second time.
 """
 
 import itertools
@@ -13,8 +13,10 @@ from conversion.plan import Plan
 
 from ..training.config import TrainConfig
 from ..training.layout import Layout
+from .layer import micro_batch
+from .sizes import Sizes, sizes_of
 from .states import ELEMENT, GRADIENT
-from .weights import Sizes, Tuning, model_weights, sizes_of, stage_weights
+from .weights import Tuning, Weight, active_parameters, expert_ranks, stage_weights
 
 PEAK_FLOPS = {"bf16": 989e12, "fp16": 989e12, "fp32": 67e12, "fp8": 1979e12}  # dense, of one H100 or H200
 # Share of the peak that the matrices reach, by TP: each doubling cuts them smaller and adds collectives.
@@ -35,6 +37,7 @@ class StepTime:
     bubble: float  # share of the compute time that pipeline stages wait: (PP - 1) / micro batches / virtual stages
     reduce_seconds: float
     gather_seconds: float  # keys and values of context-parallel ranks
+    dispatch_seconds: float  # tokens to the ranks of their experts, and back
     cpu_seconds: float  # AdamW's step in CPU memory
 
 
@@ -53,16 +56,17 @@ def step_time(
     bubble = (layout.pipeline - 1) / layout.micro_batches / layout.chunks
     reduce = _reduce_seconds(plan, layout, tuning, element=ELEMENT[precision])
     gather = _gather_seconds(sizes_of(plan), config, layout)
+    dispatch = _dispatch_seconds(sizes_of(plan), config, layout)
     on_host = on_cpu / CPU_PARAMETERS
-    seconds = (busy + gather) * (1 + bubble) + reduce + on_host
-    return StepTime(seconds, tokens / seconds / layout.world, flops, mfu, bubble, reduce, gather, on_host)
+    seconds = (busy + gather + dispatch) * (1 + bubble) + reduce + on_host
+    return StepTime(seconds, tokens / seconds / layout.world, flops, mfu, bubble, reduce, gather, dispatch, on_host)
 
 
 def flops_per_token(plan: Plan, seq_len: int, tuning: Tuning, *, recompute: bool = False) -> float:
     """Return the FLOPs of forward and backward pass for one token of a row of `seq_len`."""
     sizes = sizes_of(plan)
-    matrices = sum(weight.count for weight in model_weights(plan) if weight.linear) + sizes.vocab * sizes.hidden
-    attention = 6.0 * sizes.layers * sizes.query * seq_len
+    matrices = active_parameters(plan) - (0 if plan.tied else sizes.vocab * sizes.hidden)
+    attention = 3.0 * sizes.layers * (sizes.query + sizes.attended) * seq_len
     again = (2 * matrices + attention / 3) if recompute else 0.0
     return (6 if tuning.method == "full" else 4) * matrices + attention + again
 
@@ -77,11 +81,15 @@ def assumed_mfu(layout: Layout, *, tokens: int) -> float:
 
 def _reduce_seconds(plan: Plan, layout: Layout, tuning: Tuning, *, element: int) -> float:
     """Reduce-scatter of fp32 gradients and all-gather of the new weights, of the largest stage."""
-    full = tuning.method == "full"
-    stages = (itertools.chain(*stage_weights(plan, layout, stage)) for stage in range(layout.pipeline))
-    trained = max(sum(w.count if full else w.adapter * tuning.lora_rank for w in weights) for weights in stages)
+
+    def sent(weight: Weight) -> float:
+        trained = weight.count if tuning.method == "full" else weight.adapter * tuning.lora_rank
+        return trained * (1 - 1 / (expert_shards if weight.expert else shards))
+
     shards = layout.data * layout.context
-    return trained * (GRADIENT + element) * (shards - 1) / shards / LINK_BYTES
+    expert_shards = shards * layout.tensor // (layout.expert * expert_ranks(layout))
+    stages = (itertools.chain(*stage_weights(plan, layout, stage)) for stage in range(layout.pipeline))
+    return max(sum(map(sent, weights)) for weights in stages) * (GRADIENT + element) / LINK_BYTES
 
 
 def _gather_seconds(sizes: Sizes, config: TrainConfig, layout: Layout) -> float:
@@ -92,3 +100,12 @@ def _gather_seconds(sizes: Sizes, config: TrainConfig, layout: Layout) -> float:
     passes = 2 if config.compute.recompute in ("none", "offload") else 3
     numbers = (sizes.key + sizes.value) / layout.tensor * received * layers * passes
     return numbers * ELEMENT[config.compute.precision] / LINK_BYTES
+
+
+def _dispatch_seconds(sizes: Sizes, config: TrainConfig, layout: Layout) -> float:
+    """All-gather of all expert-parallel ranks' tokens and reduce-scatter of what their experts give, both ways."""
+    batch = micro_batch(config, layout)
+    received = batch.offered * (layout.expert - 1) // layout.expert * layout.micro_batches
+    passes = 4 if config.compute.recompute in ("none", "offload") else 6
+    layers = sum(sizes.expert_layers) / layout.pipeline
+    return received * sizes.hidden * layers * passes * ELEMENT[config.compute.precision] / LINK_BYTES

@@ -1,7 +1,6 @@
 """The weights that one rank holds, from the conversion plan's shapes: no model is built and torch is not imported."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
@@ -9,6 +8,7 @@ from typing import Literal
 from conversion.plan import MERGED_LAYERS, Part, Plan, Step
 
 from ..training.layout import Layout
+from .sizes import Sizes, sizes_of
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -17,8 +17,8 @@ DIVIDED = {"vocab", "query", "kv", "ffn", "shared_ffn", "expert_ffn", "query_nop
 # And those that it divides in matrices only. Transformer Engine would leave them whole.
 DIVIDED_IN_MATRICES = {"query_rank", "kv_rank", "rope"}
 
-# megatron-core's order of a layer's parameters, which is that of the buffers they lie in; the two matrices of an
-# expert follow each other.
+# megatron-core's order of a layer's parameters, which is that of the buffers they lie in. The two matrices of an
+# expert follow each other, expert after expert.
 LAYER_ORDER = (
     "input_layernorm.weight",
     "linear_qkv.layer_norm_weight",
@@ -51,7 +51,6 @@ LAYER_ORDER = (
     "shared_experts.linear_fc2.weight",
 )
 ROUTER_BIAS = ".router.expert_bias"  # a buffer, which nobody trains
-EXPERTS_PLACE = LAYER_ORDER.index("experts.experts.linear_fc1.weight")
 
 
 @dataclass(frozen=True)
@@ -76,140 +75,6 @@ class Weight:
     def adapters(self, rank: int) -> "Weight":
         """Return what is trained instead of it with LoRA of `rank`."""
         return Weight(f"{self.name}.adapter", self.adapter * rank, expert=self.expert)
-
-
-@dataclass(frozen=True)
-class Experts:
-    """The layers with experts, `layers` by number; `chosen` of `number` experts see a token.
-
-    `ffn` is the width of an expert, `shared_ffn` that of the one that sees every token, 0: there is none. `scores` are
-    those of all experts, of the chosen ones, or sigmoids; of `groups`, if there are some, `chosen_groups` are left.
-    """
-
-    number: int
-    chosen: int
-    ffn: int
-    shared_ffn: int
-    shared_gate: bool
-    layers: tuple[bool, ...]
-    scores: Literal["all", "chosen", "sigmoid"]
-    wide_router: bool  # computes in fp32
-    groups: int
-    chosen_groups: int
-
-
-@dataclass(frozen=True)
-class Latent:
-    """Latent attention: widths of the compressed query (0: it is not) and of keys and values together.
-
-    Of a head: the part that is not rotated, the one that is, and the value. `tables` are the positions of which it
-    registers cosines and sines.
-    """
-
-    query_rank: int
-    kv_rank: int
-    nope: int
-    rope: int
-    value: int
-    tables: int
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The model's numbers."""
-
-    layers: int
-    hidden: int
-    ffn: int
-    heads: int
-    groups: int
-    head: int
-    vocab: int
-    qk_norm: bool
-    experts: Experts | None = None
-    latent: Latent | None = None
-
-    @property
-    def query(self) -> int:
-        """Width of the queries of all heads."""
-        return self.heads * (self.latent.nope + self.latent.rope if self.latent else self.head)
-
-    @property
-    def key(self) -> int:
-        """Width of the keys of all heads, or groups of them."""
-        return self.query if self.latent else self.groups * self.head
-
-    @property
-    def value(self) -> int:
-        """Width of their values."""
-        return self.heads * self.latent.value if self.latent else self.key
-
-    @property
-    def attended(self) -> int:
-        """Width of what the attention gives."""
-        return self.value if self.latent else self.query
-
-    @property
-    def rotated(self) -> int:
-        """Width of a head's angles."""
-        return self.latent.rope if self.latent else self.head
-
-    @property
-    def attention_matrices(self) -> int:
-        """Matrices of one attention; a compressed query has two."""
-        return 4 + bool(self.latent and self.latent.query_rank)
-
-    @property
-    def expert_layers(self) -> tuple[bool, ...]:
-        """Whether it has experts, layer by layer."""
-        return self.experts.layers if self.experts else (False,) * self.layers
-
-
-def sizes_of(plan: Plan) -> Sizes:
-    """Return the numbers of the model that `plan` describes."""
-    said = {name: value for name, value in plan.settings.items() if isinstance(value, int)}
-    latent = "multi_latent_attention" in said
-    return Sizes(
-        layers=said["num_layers"],
-        hidden=said["hidden_size"],
-        ffn=said["ffn_hidden_size"],
-        heads=said["num_attention_heads"],
-        groups=said["num_query_groups"],
-        head=said["kv_channels"],
-        vocab=said["vocab_size"],
-        qk_norm=bool(said.get("qk_layernorm", False)) and not latent,
-        experts=_experts(plan.settings, said) if "num_moe_experts" in said else None,
-        latent=_latent(plan.settings, said) if latent else None,
-    )
-
-
-def _experts(settings: Mapping[str, object], said: Mapping[str, int]) -> Experts:
-    pattern = settings.get("moe_layer_freq", [1] * said["num_layers"])
-    assert isinstance(pattern, list)
-    sigmoid = settings.get("moe_router_score_function") == "sigmoid"
-    return Experts(
-        number=said["num_moe_experts"],
-        chosen=said["moe_router_topk"],
-        ffn=said["moe_ffn_hidden_size"],
-        shared_ffn=said.get("moe_shared_expert_intermediate_size", 0),
-        shared_gate=bool(said.get("moe_shared_expert_gate", False)),
-        layers=tuple(map(bool, pattern)),
-        scores="sigmoid" if sigmoid else "all" if said.get("moe_router_pre_softmax") else "chosen",
-        wide_router=settings.get("moe_router_dtype") == "fp32",
-        groups=said.get("moe_router_num_groups", 0),
-        chosen_groups=said.get("moe_router_group_topk", 0),
-    )
-
-
-def _latent(settings: Mapping[str, object], said: Mapping[str, int]) -> Latent:
-    return Latent(
-        query_rank=said.get("q_lora_rank", 0),
-        kv_rank=said["kv_lora_rank"],
-        nope=said["qk_head_dim"],
-        rope=said["qk_pos_emb_head_dim"],
-        value=said["v_head_dim"],
-        tables=said["original_max_position_embeddings"] if settings["rope_type"] == "yarn" else 0,
-    )
 
 
 def expert_ranks(layout: Layout) -> int:
@@ -239,8 +104,9 @@ def stage_weights(plan: Plan, layout: Layout, stage: int) -> list[list[Weight]]:
     All ranks of a stage hold the same amount. A tied embedding stands on the first stage and, with more than one,
     on the last too.
     """
-    embedding = [step for step in plan.steps if step.key.startswith("embedding.")]
-    ending = [step for step in plan.steps if step.layer is None and step not in embedding]
+    outside = [step for step in plan.steps if step.layer is None]
+    embedding = [step for step in outside if step.key.startswith("embedding.")]
+    ending = [step for step in outside if step not in embedding]
     tied_pipeline = plan.tied and layout.pipeline > 1
     shared = [_weight(step, layout, shared=tied_pipeline) for step in embedding]
     layers = _layers(plan, layout)
@@ -275,6 +141,14 @@ def model_weights(plan: Plan) -> list[Weight]:
     return stage_weights(plan, Layout(1, 1, 1, False, 1), 0)[0]
 
 
+def active_parameters(plan: Plan) -> int:
+    """Return the parameters that one token meets: all but the experts that it does not choose."""
+    sizes, left_out = sizes_of(plan), 0
+    if experts := sizes.experts:
+        left_out = sum(experts.layers) * (experts.number - experts.chosen) * 3 * sizes.hidden * experts.ffn
+    return plan.num_parameters - left_out
+
+
 def adapter_parameters(plan: Plan, rank: int) -> int:
     """Return the parameters of LoRA adapters of `rank` on every matrix of the layers: rank x (rows + columns) each."""
     return rank * sum(sum(part.shape) for step in plan.steps if _is_linear(step) for part in step.parts)
@@ -282,24 +156,27 @@ def adapter_parameters(plan: Plan, rank: int) -> int:
 
 def _layers(plan: Plan, layout: Layout) -> list[list[Weight]]:
     """Return the weights of a rank, layer by layer: those with experts are alike, and so are the others."""
-    kinds = sizes_of(plan).expert_layers
-    of_kind = {kind: _layer(plan, layout, kinds.index(kind)) for kind in set(kinds)}
-    return [of_kind[kind] for kind in kinds]
+    sizes = sizes_of(plan)
+    kinds, of_kind = sizes.expert_layers, {}
+    for experts in set(kinds):
+        number = kinds.index(experts)
+        of_kind[experts] = _layer([step for step in plan.steps if step.layer == number], layout, sizes)
+    return [of_kind[experts] for experts in kinds]
 
 
-def _layer(plan: Plan, layout: Layout, number: int) -> list[Weight]:
-    """Return a layer's weights in megatron-core's order, with the experts of the first expert-parallel rank."""
-    steps = [step for step in plan.steps if step.layer == number and not step.key.endswith(ROUTER_BIAS)]
-    if experts := sizes_of(plan).experts:
-        held = experts.number // layout.expert
-        steps = [step for step in steps if not (_is_expert(step) and step.index[-1] >= held)]
-    return [_weight(step, layout) for step in sorted(steps, key=_place)]
+def _layer(steps: list[Step], layout: Layout, sizes: Sizes) -> list[Weight]:
+    """Return a layer's weights in megatron-core's order; every expert has the same."""
+    once = [step for step in steps if not (_is_expert(step) and step.index[-1]) and not step.key.endswith(ROUTER_BIAS)]
+    weights = [_weight(step, layout) for step in sorted(once, key=_place)]
+    expert = [weight for weight in weights if weight.expert]
+    if not expert or sizes.experts is None:
+        return weights
+    first = weights.index(expert[0])
+    return weights[:first] + expert * (sizes.experts.number // layout.expert) + weights[first + len(expert) :]
 
 
-def _place(step: Step) -> tuple[int, int, int]:
-    """Return what orders the steps of a layer: of experts one follows the other, each with its two matrices."""
-    place = next(place for place, ending in enumerate(LAYER_ORDER) if step.key.endswith(ending))
-    return (EXPERTS_PLACE, step.index[-1], place) if _is_expert(step) else (place, 0, place)
+def _place(step: Step) -> int:
+    return next(place for place, ending in enumerate(LAYER_ORDER) if step.key.endswith(ending))
 
 
 def _weight(step: Step, layout: Layout, *, shared: bool = False) -> Weight:
@@ -321,7 +198,7 @@ def _is_expert(step: Step) -> bool:
 
 
 def _is_linear(step: Step) -> bool:
-    return step.key.startswith(MERGED_LAYERS) and len(step.shape) == 2
+    return step.key.startswith(MERGED_LAYERS) and ".linear_" in step.key and len(step.shape) == 2
 
 
 def _local(part: Part, ranks: int) -> tuple[int, ...]:
