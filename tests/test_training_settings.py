@@ -136,6 +136,22 @@ def test_context_ranks_and_virtual_stages_are_counted():
     assert layout_of(config(), MODEL, 1).segment_multiple == 1
 
 
+@pytest.mark.parametrize(
+    ("values", "world", "message"),
+    [
+        ({"expert_parallel": 3}, 3, "EP=3 does not divide 8 experts: use 2 or 4"),
+        ({"expert_parallel": 2, "expert_tensor_parallel": 3}, 6, "ETP=3 does not divide the 28 feed-forward units"),
+        ({"tensor_parallel": 2, "expert_tensor_parallel": 1}, 2, "ETP=1 other than TP=2 needs EP > 1"),
+        ({"tensor_parallel": 2, "sequence_parallel": False}, 2, "experts at TP > 1 need sequence parallelism"),
+        ({"expert_parallel": 4}, 2, "ETP=1 x EP=4 does not divide the 2 ranks of TP x CP x DP"),
+    ],
+)
+def test_a_layout_of_experts_that_cannot_be_is_named(values, world, message):
+    model = MODEL | {"num_moe_experts": 8, "moe_ffn_hidden_size": 28}
+    problems = layout_problems(config(**({"global_batch_size": 24} | values)), model, world)
+    assert any(message in problem for problem in problems), problems
+
+
 def test_the_learning_rate_warms_up_inside_and_ends_exactly_at_the_floor():
     rates = [learning_rate(step, steps=1000, warmup=100, peak=1e-5, floor=1e-6) for step in range(1, 1001)]
     assert rates[0] == 1e-5 / 100 and rates[49] == pytest.approx(0.5e-5)

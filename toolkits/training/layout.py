@@ -224,6 +224,11 @@ def _expert_problems(settings: LayoutSettings, model: Mapping[str, Any], replica
     over, width = settings.experts_over, model["moe_ffn_hidden_size"]
     if width % over:
         found.append(f"ETP={over} does not divide the {width} feed-forward units of an expert")
+    if settings.expert_parallel == 1 and over != settings.tensor_parallel:
+        found.append(
+            f"ETP={over} other than TP={settings.tensor_parallel} needs EP > 1: megatron-core 0.16.1 would not sum the "
+            "gradients of an expert's copies"
+        )
     if settings.tensor_parallel > 1 and not settings.sequence_parallel:
         found.append("experts at TP > 1 need sequence parallelism (SP=true)")
     ranks = settings.tensor_parallel * settings.context_parallel * replicas

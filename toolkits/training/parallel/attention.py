@@ -74,10 +74,11 @@ class PackedAttention(torch.nn.Module):
             return self._one_by_one(q, k, v, pieces)
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(  # type: ignore[no-any-return]
+        width = v.shape[-1]  # latent attention's values are narrower than its keys, which the kernel does not take
+        attended = varlen_attn(
             q,
             k,
-            v,
+            torch.nn.functional.pad(v, (0, q.shape[-1] - width)),
             pieces.query_bounds,
             pieces.key_bounds,
             pieces.longest_query,
@@ -86,6 +87,7 @@ class PackedAttention(torch.nn.Module):
             window_size=(-1, 0),  # causal, aligned at the last query and the last key
             enable_gqa=q.shape[1] != k.shape[1],
         )
+        return attended[..., :width]  # type: ignore[no-any-return]
 
     def _one_by_one(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, pieces: Pieces) -> torch.Tensor:
         query_lengths, key_lengths = pieces.query_bounds.diff().tolist(), pieces.key_bounds.diff().tolist()
