@@ -17,6 +17,7 @@ from toolkits.foundation.errors import CheckpointError, UsageError
 from toolkits.training.checkpointing import Position, Saved, check_step, newest_step, require_loadable
 from toolkits.training.config import TrainConfig
 from toolkits.training.layout import Grid, Layout
+from toolkits.training.run import _start
 from toolkits.training.run_folder import claimed
 from toolkits.training.sources import find_model
 
@@ -119,7 +120,8 @@ def test_another_layout_goes_on_with_the_same_losses(whole, resumed, name, origi
     assert losses == pytest.approx([step["loss"] for step in whole[1][origin]][HALF:], abs=1e-4)
     (log,) = [path for path in (resumed[0] / name / "log").iterdir() if "going on from" in path.read_text()]
     assert re.search(
-        r"layout TP\d PP\d DP\d -> TP\d PP\d( CP\d)? DP\d: optimizer resharded, step 5, data from row 32", log.read_text()
+        r"layout TP\d PP\d DP\d -> TP\d PP\d( CP\d)? DP\d: optimizer resharded, step 5, data from row 32",
+        log.read_text(),
     )
 
 
@@ -305,3 +307,18 @@ def test_what_a_killed_writer_left_is_removed(inputs, tmp_path):
     (tmp_path / "run" / ".tmp-iter_0000002").mkdir()
     claim(inputs, tmp_path / "run")
     assert not (tmp_path / "run" / ".tmp-iter_0000002").exists()
+
+
+def test_other_data_is_read_from_its_beginning_once(tmp_path):
+    """The line that says --data-restart goes on where it was when it is started again."""
+
+    def start(position, digest, *, restart):
+        return _start(Saved(tmp_path, position, Grid(), "fp32", None), digest, restart=restart)
+
+    assert _start(None, "new", restart=True) == Position(data="new")
+    assert start(Position(40, 640, "old"), "old", restart=False) == Position(40, 640, "old")
+    assert start(Position(40, 640, "old"), "new", restart=True) == Position(40, 0, "new")
+    assert start(Position(44, 64, "new"), "new", restart=True) == Position(44, 64, "new")
+    assert start(Position(40, 640), "new", restart=False) == Position(40, 640, "new"), "an older step does not say"
+    with pytest.raises(UsageError, match="was trained on other data; --data-restart goes on with this one"):
+        start(Position(40, 640, "old"), "new", restart=False)

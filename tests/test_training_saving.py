@@ -151,7 +151,9 @@ def test_a_loss_that_is_not_finite_is_written_down_and_ends_the_run_or_skips_the
     assert all(segment["tokens"] for row in dump["rows"] for segment in row["segments"])
     losses = answers["skips"]["losses"]
     assert len(losses) == 6 and losses[2] != losses[2] and losses[5] < losses[0]
-    assert "The step is skipped (1 of 2 before the run ends)" in printed
+    assert "The step is skipped (1 of 2 before the run ends)" in printed and "| not finite, step skipped |" in printed
+    lines = (tmp_path / "skips" / "checkpoint" / "sft" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines if '"loss"' in line].count(None) == 1, "JSON has no NaN"
 
 
 def test_a_run_stops_before_its_time_limit_and_goes_on(inputs, tmp_path):

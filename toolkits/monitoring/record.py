@@ -125,7 +125,11 @@ class RunRecord:
             self._closing.wait(SHORTEST)
 
     def _put_down(self) -> None:
-        content = {**self._content, "updated": _now(), "use": dict(self._measure())}
+        try:
+            use = dict(self._measure())
+        except Exception as error:  # a driver that does not answer is no reason to end a run
+            use = {"error": str(error)}
+        content = {**self._content, "updated": _now(), "use": use}
         self.publish(RECORD, _text(content))
 
 

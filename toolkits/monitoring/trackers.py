@@ -112,11 +112,21 @@ def open_trackers(choice: str, *, output: Path, run: str, group: str, settings: 
     """
     trackers: list[Tracker] = [TensorBoard(output / "tensorboard" / run)]
     if choice in KINDS:
-        trackers.append(KINDS[choice](output, run=run, group=group, settings=settings))
+        try:
+            trackers.append(KINDS[choice](output, run=run, group=group, settings=settings))
+        except MachineError:
+            raise
+        except Exception as error:
+            raise MachineError(
+                f"--tracker {choice} cannot start: {error}; mend what its environment variables say, or leave it out"
+            ) from error
     return trackers
 
 
 def _package(name: str) -> ModuleType:
+    # Both report home about themselves unless told not to, also when the run itself stays in files.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
     try:
         return importlib.import_module(name)
     except ImportError as error:

@@ -35,7 +35,7 @@ def parse_blend(said: str | Path) -> tuple[Part, ...]:
         words = shlex.split(text)
     except ValueError:  # an open quote: then it is no blend
         return (Part(Path(text)),)
-    if len(words) < 2 or _number(words[0]) is None:
+    if len(words) < 3 or _number(words[0]) is None:  # one weight and one path are a path with a space
         return (Part(Path(text)),)
     weights = [_number(word) for word in words[::2]]
     if len(words) % 2 or not all(weight is not None and weight > 0 for weight in weights):

@@ -33,10 +33,11 @@ FORMAT_VERSION = 1
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run is: optimizer steps taken and rows of data consumed by them, over all ranks."""
+    """How far a run is: optimizer steps taken, and rows consumed over all ranks of the data with digest `data`."""
 
     step: int = 0
     rows: int = 0
+    data: str = ""  # empty in steps that older versions wrote
 
 
 @dataclass(frozen=True)

@@ -177,6 +177,11 @@ class OptimizerSettings:
         "0",
     )
 
+    @property
+    def offloads(self) -> bool:
+        """Whether a part of the optimizer's state is to lie in CPU memory."""
+        return self.optimizer_offload == "auto" or float(self.optimizer_offload) > 0
+
 
 @dataclass(frozen=True)
 class OutputSettings:
@@ -261,10 +266,10 @@ class TrainConfig:
             found.append(f"--min-lr {optimizer.min_lr} is larger than --lr {optimizer.lr}")
         if bool(batch.train_iters) == bool(batch.epochs):
             found.append("give either --train-iters or --epochs")
-        if optimizer.optimizer_offload != "0" and not self.layout.distributed_optimizer and self.compute.is_half:
-            found.append("--optimizer-offload needs --distributed-optimizer: megatron-core's plain one cannot move")
         if optimizer.optimizer_offload != "auto" and not _is_share(optimizer.optimizer_offload):
             found.append(f"--optimizer-offload {optimizer.optimizer_offload} must be a number from 0 to 1, or auto")
+        elif optimizer.offloads and not self.layout.distributed_optimizer and self.compute.is_half:
+            found.append("--optimizer-offload needs --distributed-optimizer: megatron-core's plain one cannot move")
         if batch.train_iters and optimizer.warmup_iters >= batch.train_iters:
             found.append(
                 f"--warmup-iters {optimizer.warmup_iters} leaves nothing of --train-iters {batch.train_iters}: "

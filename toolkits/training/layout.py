@@ -143,7 +143,7 @@ def layout_problems(config: TrainConfig, model: Mapping[str, Any], world: int) -
             f"GLOBAL_BATCH_SIZE {batch.global_batch_size} is not a multiple of "
             f"BATCH_SIZE {batch.micro_batch_size} x DP {replicas} = {step}: use {nearest}"
         )
-    elif settings.virtual_stage_layers and batch.global_batch_size // step % settings.pipeline_parallel:
+    elif _interleaves(settings, model["num_layers"]) and batch.global_batch_size // step % settings.pipeline_parallel:
         found.append(
             f"MP_VP interleaves groups of PP={settings.pipeline_parallel} micro batches, and GLOBAL_BATCH_SIZE "
             f"{batch.global_batch_size} makes {batch.global_batch_size // step}: use a multiple of "
@@ -193,6 +193,11 @@ def _uneven_problems(pipeline: int, layers: int, first: int) -> list[str]:
         f"MP_PP0_LAYERS {first} leaves {layers - first} of {layers} layers, which the other {pipeline - 1} stages of "
         f"PP={pipeline} cannot share evenly: use {_listed(nearest)}"
     ]
+
+
+def _interleaves(settings: LayoutSettings, layers: int) -> bool:
+    """Whether a rank holds more than one virtual stage."""
+    return 0 < settings.virtual_stage_layers < layers // settings.pipeline_parallel
 
 
 def _virtual_problems(settings: LayoutSettings, layers: int) -> list[str]:

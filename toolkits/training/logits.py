@@ -48,7 +48,7 @@ def tokens_of(directory: Path, texts: Sequence[str]) -> list[int]:
 
 def random_tokens(directory: Path, count: int) -> list[int]:
     """Return `count` random token ids of a model's vocabulary, always the same."""
-    size = mcore_settings(read_config(directory))["vocab_size"]
+    size: Any = mcore_settings(read_config(directory))["vocab_size"]
     return torch.randint(0, size, (count,), generator=torch.Generator().manual_seed(0)).tolist()
 
 

@@ -10,6 +10,7 @@ from itertools import islice, tee
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
@@ -64,13 +65,13 @@ class Training:
     checkpoints: Path
     saver: Saver
     start: Position
-    began: float = field(default_factory=time.monotonic)
+    began: float = field(default_factory=psutil.Process().create_time)  # before imports and loading
 
     @property
     def is_out_of_time(self) -> bool:
         """Whether --stop-after has passed."""
         minutes = self.config.output.stop_after
-        return bool(minutes) and time.monotonic() - self.began > 60 * minutes
+        return bool(minutes) and time.time() - self.began > 60 * minutes
 
     @property
     def state(self) -> RunState:
@@ -256,7 +257,7 @@ def _not_finite(what: str, value: float, run: Training, index: int, *, spoiled: 
 def _save(run: Training, step: int, *, background: bool) -> None:
     gather_weights(run.chunks)
     with run.reporter.doing(SAVING):
-        run.saver.save(run.state, Position(step, run.consumed(step)), background=background)
+        run.saver.save(run.state, Position(step, run.consumed(step), run.start.data), background=background)
 
 
 def _is_due(step: int, interval: int) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import math
 import resource
 import time
 import traceback
@@ -93,7 +94,7 @@ class Reporter:
         left = (time.monotonic() - self._started) / len(self.history) * (self.steps - figures.step)
         self.say(
             f"step {figures.step}/{self.steps} | loss {figures.loss:.6f} | lr {figures.learning_rate:.3e}"
-            f" | {_grad_norm(figures.grad_norm)} | {figures.rate:,.0f} tokens/s"
+            f" | {_grad_norm(figures)} | {figures.rate:,.0f} tokens/s"
             f" | trained tokens {figures.trained_tokens:,}{''.join(f' | {n} {v:.4g}' for n, v in figures.more.items())}"
             f" | memory {human_bytes(peak_memory())} | {clock(left)} left"
         )
@@ -176,7 +177,11 @@ class Reporter:
         for line in lines:
             if not line.endswith("\n"):  # cut short when an earlier start was killed
                 continue
-            figures = json.loads(line)
+            try:
+                figures = json.loads(line)
+            except ValueError:
+                self.say(f"{path}: a damaged line is left out")
+                continue
             if figures["step"] > self.first_step:
                 continue
             kept.append(line)
@@ -187,13 +192,14 @@ class Reporter:
         write_text(path, "".join(kept))
 
     def _count(self, figures: Mapping[str, Any]) -> None:
-        self.losses.add(figures["step"], figures["loss"])
+        if _finite(figures["loss"]) is not None:
+            self.losses.add(figures["step"], figures["loss"])
         self.rates.add(figures["step"], figures["tokens"] / figures["seconds"])
         self.trained_tokens += figures["trained_tokens"]
 
     def _note(self, figures: dict[str, Any]) -> None:
         with open(self.folder / METRICS, "a", encoding="utf-8") as file:
-            file.write(json.dumps(figures) + "\n")
+            file.write(json.dumps({name: _finite(value) for name, value in figures.items()}) + "\n")
 
     def _show(self, **figures: Any) -> None:
         """Let run.json have the newest figures."""
@@ -223,8 +229,15 @@ class Reporter:
             self.say(f"{tracker.name} failed and gets no more figures: {error}")
 
 
-def _grad_norm(norm: float | None) -> str:
-    return "overflow, step skipped, loss scale halved" if norm is None else f"grad norm {norm:.4f}"
+def _grad_norm(figures: StepFigures) -> str:
+    if figures.grad_norm is not None:
+        return f"grad norm {figures.grad_norm:.4f}"
+    return "overflow, step skipped, loss scale halved" if math.isfinite(figures.loss) else "not finite, step skipped"
+
+
+def _finite(value: Any) -> Any:
+    """Return `value`, or None in the place of a number that JSON does not have."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def draw_losses(path: Path, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:

@@ -5,7 +5,7 @@ import math
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +30,7 @@ from .optimizer import build_optimizer
 from .parallel.model import DTYPES, build_model, wrap
 from .parallel.world import gather, process_groups, rank
 from .reporter import Reporter, StepFigures, peak_memory
-from .run_folder import claimed
+from .run_folder import claimed, data_digest
 from .saving import Saver
 from .sources import DataSource, ModelSource, find_data, find_model
 from .watch import Watch, trackers_of, watched
@@ -111,9 +111,9 @@ def run(config: TrainConfig, objective: Objective) -> list[StepFigures]:
             remarks = stack.enter_context(claimed(plan.folder, config, source))
             watch = stack.enter_context(watched(plan))
         with process_groups(layout, seed=config.data.seed):
-            resumed, reporter = _open(plan, remarks, watch)
+            resumed, start, reporter = _open(plan, remarks, watch)
             with reporter.noting_failure(), _out_of_memory_explained(plan):
-                last = _train(plan, objective, resumed, reporter)
+                last = _train(plan, objective, resumed, start, reporter)
         if config.output.export_hf and watch is not None:
             _export(plan, last, reporter)
         reporter.say(f"done: {last}")
@@ -132,10 +132,13 @@ def _out_of_memory_explained(plan: RunPlan) -> Iterator[None]:
         ) from error
 
 
-def _open(plan: RunPlan, remarks: list[str], watch: Watch | None) -> tuple[Saved | None, Reporter]:
+def _open(plan: RunPlan, remarks: list[str], watch: Watch | None) -> tuple[Saved | None, Position, Reporter]:
     """Find where the run goes on, and open its log; rank 0 looks and tells the others."""
-    found, damaged = newest_step(plan.folder) if rank() == 0 else (None, [])
-    found, started = gather((found, time.time()))[0]
+    found, damaged, digest = None, [], ""
+    if rank() == 0:
+        (found, damaged), digest = newest_step(plan.folder), data_digest(plan.folder)
+    found, digest, started = gather((found, digest, time.time()))[0]
+    start = _start(found, digest, restart=plan.config.output.data_restart)
     stamp = f"{plan.config.output.name}_{time.strftime('%Y%m%d-%H%M%S', time.localtime(started))}"
     out = plan.config.output.output
     reporter = Reporter(
@@ -148,21 +151,23 @@ def _open(plan: RunPlan, remarks: list[str], watch: Watch | None) -> tuple[Saved
     )
     for remark in (*remarks, *damaged, *plan.data.remarks):
         reporter.say(remark)
-    return found, reporter
+    return found, start, reporter
 
 
-def _train(plan: RunPlan, objective: Objective, resumed: Saved | None, reporter: Reporter) -> Path:
+def _train(plan: RunPlan, objective: Objective, resumed: Saved | None, start: Position, reporter: Reporter) -> Path:
     """Train what remains to be trained; return the last step's folder."""
     if resumed is not None and resumed.position.step >= plan.steps:
         reporter.say(f"all {plan.steps} steps are done")
         return resumed.folder
-    _introduce(plan, resumed, reporter)
-    training = _set_up(plan, objective, resumed, reporter)
+    _introduce(plan, resumed, start, reporter)
+    training = _set_up(plan, objective, resumed, start, reporter)
     reporter.enter(RUNNING)
     return train(training)
 
 
-def _set_up(plan: RunPlan, objective: Objective, resumed: Saved | None, reporter: Reporter) -> Training:
+def _set_up(
+    plan: RunPlan, objective: Objective, resumed: Saved | None, start: Position, reporter: Reporter
+) -> Training:
     from megatron.core import parallel_state
 
     config, source, layout = plan.config, plan.source, plan.layout
@@ -198,17 +203,25 @@ def _set_up(plan: RunPlan, objective: Objective, resumed: Saved | None, reporter
         reporter=reporter,
         checkpoints=plan.folder,
         saver=Saver(plan.folder, config.output.keep_last, say=reporter.say, saved=reporter.saved),
-        start=_start(resumed, config),
+        start=start,
     )
 
 
-def _start(resumed: Saved | None, config: TrainConfig) -> Position:
+def _start(resumed: Saved | None, digest: str, *, restart: bool) -> Position:
+    """Return where the run goes on in the data with `digest`; other data is read from its beginning, if allowed."""
     if resumed is None:
-        return Position()
-    return Position(resumed.position.step, 0 if config.output.data_restart else resumed.position.rows)
+        return Position(data=digest)
+    then = resumed.position
+    if then.data in (digest, "") and not (restart and not then.data):
+        return replace(then, data=digest)
+    if not restart:
+        raise UsageError(
+            f"{resumed.folder} was trained on other data; --data-restart goes on with this one, from its beginning"
+        )
+    return Position(then.step, 0, digest)
 
 
-def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None:
+def _introduce(plan: RunPlan, resumed: Saved | None, start: Position, reporter: Reporter) -> None:
     config, layout = plan.config, plan.layout
     if config.layout.sequence_parallel and not layout.sequence:
         reporter.say("sequence parallelism needs TP > 1: it is off")
@@ -220,7 +233,7 @@ def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None
         f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
         f"{layout.grid}, {config.compute.precision}"
     )
-    if config.optimizer.optimizer_offload != "0":
+    if config.optimizer.offloads:
         share = f"{plan.offload:.0%} of it" if torch.cuda.is_available() else "without a GPU all of it"
         reporter.say(f"optimizer state in CPU memory (--optimizer-offload): {share}")
     reporter.say(f"planned memory of a rank: {human_bytes(plan.memory)} at its worst moment")
@@ -228,7 +241,6 @@ def _introduce(plan: RunPlan, resumed: Saved | None, reporter: Reporter) -> None
         return
     then, now = resumed.grid, layout.grid
     changed = "" if then == now else f"layout {then} -> {now}: optimizer resharded, "
-    start = _start(resumed, config)
     reporter.say(f"going on from {resumed.folder}: {changed}step {start.step + 1}, data from row {start.rows:,}")
 
 
@@ -258,6 +270,7 @@ def _export(plan: RunPlan, saved: Path, reporter: Reporter) -> None:
         reporter.say(f"{plan.export} is there already")
         return
     with reporter.doing(EXPORTING):
+        write_text(note, "unfinished")  # so that a start after a kill knows whose folder this is
         convert(saved, plan.export, overwrite=True)  # what an earlier start of this run exported
+        write_text(note, saved.name)
         reporter.exported(plan.export, step=saved.name)
-    write_text(note, saved.name)

@@ -61,6 +61,12 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
     }
 
 
+def data_digest(folder: Path) -> str:
+    """Return a digest of what the rows of the run in `folder` are made of; the folder is claimed."""
+    same = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["same"]
+    return _digest(json.dumps([same[name] for name in OF_DATA]).encode())
+
+
 @contextlib.contextmanager
 def claimed(folder: Path, config: TrainConfig, source: ModelSource) -> Iterator[list[str]]:
     """Hold `folder` for this run while the block runs; yield what is worth saying about going on in it.

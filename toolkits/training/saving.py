@@ -38,7 +38,8 @@ class Saver:
     """Writes the steps of a run into `folder`, one at a time, and lets go of those older than `keep_last`.
 
     All ranks call `save` and `finish` together. `say` tells the user, `saved` hears of each step that is whole. A
-    save that fails in the background is said, and the third in a row ends the run; another ends it at once.
+    save whose files cannot be written in the background is said, and the third in a row ends the run; whatever
+    else fails ends it at once.
     """
 
     folder: Path
@@ -147,6 +148,13 @@ def _staged(request: AsyncRequest, *, copy: bool) -> list[Any]:
 
 
 def _write(pending: _Pending, files: list[Any]) -> None:
+    try:
+        _write_files(pending, files)
+    except BaseException as error:  # nobody else hears of what goes wrong in a thread
+        pending.error = f"{type(error).__name__}: {error}"
+
+
+def _write_files(pending: _Pending, files: list[Any]) -> None:
     """Write and hash this rank's files; megatron-core's own way forks a process for each of them."""
     if not files:
         return
