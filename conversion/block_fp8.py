@@ -26,7 +26,9 @@ def require_plain(directory: Path, config: Mapping[str, object], tensors: Mappin
         return
     said = f"{directory} is quantized ({FIELD} {_method(config)!r}, {len(quantized)} tensors of F8_E4M3)"
     if _method(config) == "fp8" and quantized:
-        raise CheckpointError(f"{said}: --dequantize makes its weights {str(DTYPE).removeprefix('torch.')}")
+        raise CheckpointError(
+            f"{said}: `temper convert hf2mcore --dequantize` makes them {str(DTYPE).removeprefix('torch.')}"
+        )
     raise CheckpointError(f"{said}: take the model's unquantized weights")
 
 

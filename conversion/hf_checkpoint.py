@@ -7,8 +7,8 @@ Several files come with an index (`model.safetensors.index.json`, `pytorch_model
 import math
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 
@@ -45,7 +45,8 @@ SIDECAR_FILES = (
 CONVERTED = ("F32", "F16", "BF16")  # as headers call them; any other type is refused by its name
 
 
-class Kind(NamedTuple):
+@dataclass(frozen=True)
+class Kind:
     """A way to keep weights: in one file, or in several with an index."""
 
     index: str
@@ -180,9 +181,16 @@ def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
 
 
 def _read_headers(directory: Path) -> dict[str, StoredTensor]:
-    kind = next((kind for kind in KINDS if any((directory / name).exists() for name in kind[:2])), None)
+    kind = next(
+        (kind for kind in KINDS if any((directory / name).exists() for name in (kind.index, kind.single))), None
+    )
     if kind is None:
-        raise CheckpointError(f"{directory} has no weights: neither {' nor '.join(kind.single for kind in KINDS)}")
+        others = sorted(
+            path.name for suffix in ("safetensors", "bin", "gguf") for path in directory.glob(f"*.{suffix}")
+        )
+        found = f"; found {', '.join(others[:5])}" if others else ""
+        wanted = " nor ".join(name for kind in KINDS for name in (kind.single, kind.index))
+        raise CheckpointError(f"{directory} has neither {wanted}{found}")
     weight_map = _read_index(directory / kind.index)
     names = [kind.single] if weight_map is None else sorted(set(weight_map.values()))
     _check_files(directory, names)

@@ -37,7 +37,8 @@ def convert(src: Path, dst: Path, **choices: Any) -> Plan:
     refuse_overlap(src, dst)
     weights = HfAsMcore(src, dtype=options.dtype, dequantize=options.dequantize)
     source, plan = weights.source, weights.plan
-    check_recorded(src, plan, everything=False)
+    if options.verify:
+        check_recorded(src, plan, everything=False)
     kinds = [tensor.dtype for tensor in weights.tensors.values()]
     notes = note_dtype(config_dtype(source.config), kinds) if options.dtype is None else []
     step_layout = lay_out(list(_chunks(weights, temporary_of(dst) / RELEASE, options)), plan.extra_states)

@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 from toolkits.foundation.errors import CheckpointError
 
@@ -18,6 +18,8 @@ from .report import REPORT_FILE
 from .safe_files import read_json
 from .safe_pickle import read_metadata
 from .settings import untrainable_reasons
+
+_Found = TypeVar("_Found")
 
 _UNKNOWN = "unknown"
 _OF_A_LAYER = re.compile(r"(?:.*\.)?layers\.(\d+)\..+")
@@ -41,7 +43,7 @@ class _Findings:
         """Note what is known: neither None nor an empty collection is."""
         self.said |= {name: value for name, value in found.items() if value not in (None, [], {})}
 
-    def attempt(self, probe: Callable, *arguments: object) -> object:
+    def attempt(self, probe: Callable[..., _Found], *arguments: object) -> _Found | None:
         """Return what `probe` returns; where it cannot say, note why and return None."""
         try:
             return probe(*arguments)
@@ -65,7 +67,7 @@ def inspect(directory: Path) -> dict[str, object]:
     found = _Findings()
     found.add(directory=str(directory), format=_format_of(directory))
     tensors: dict[str, _Tensor] = {}
-    config_folder = directory
+    config_folder: Path | None = directory
     if is_mcore_directory(directory):
         tensors = _megatron(directory, found)
         config_folder = found.attempt(hf_folder, directory)
@@ -113,7 +115,7 @@ def _megatron(directory: Path, found: _Findings) -> dict[str, _Tensor]:
     found.add(steps=[path.name for path in step_folders(directory)])
     step = found.attempt(find_step, directory)
     metadata = found.attempt(read_metadata, step) if step is not None else None
-    if metadata is None:
+    if step is None or metadata is None:
         return {}
     common = "common.pt" if (step / "common.pt").is_file() else "a common_state object, as of megatron-core 0.19"
     backend = found.attempt(read_json, step / "metadata.json") or {}
@@ -142,7 +144,7 @@ def _huggingface(directory: Path, found: _Findings) -> dict[str, _Tensor]:
         tensors = {
             name: _Tensor(stored.dtype, stored.shape)
             for header in headers.values()
-            for name, stored in (header or {}).items()  # type: ignore[attr-defined]
+            for name, stored in (header or {}).items()
         }
         if tensors:
             break
@@ -151,8 +153,8 @@ def _huggingface(directory: Path, found: _Findings) -> dict[str, _Tensor]:
 
 def _record(root: Path, found: _Findings) -> None:
     if (root / REPORT_FILE).is_file() and (report := found.attempt(read_json, root / REPORT_FILE)):
-        found.add(made=f"by temper {report.get('temper')} {report.get('made')} from {report.get('source')}")  # type: ignore[attr-defined]
-        found.add(verdict=report.get("verdict"))  # type: ignore[attr-defined]
+        found.add(made=f"by temper {report.get('temper')} {report.get('made')} from {report.get('source')}")
+        found.add(verdict=report.get("verdict"))
 
 
 def _model(folder: Path, found: _Findings) -> None:
@@ -163,7 +165,6 @@ def _model(folder: Path, found: _Findings) -> None:
     if config is None:
         found.add(tokenizer=tokenizer)
         return
-    assert isinstance(config, dict)
     said = config.get("dtype", config.get("torch_dtype"))
     found.add(
         architecture=config.get("architectures"), config_dtype=said, transformers=config.get("transformers_version")

@@ -44,10 +44,11 @@ class Journal:
         found = f"found {folder}, left unfinished by a process that died ({done} of {total} complete, {age} old)"
         if not self._resume:
             raise UsageError(f"{found}: --resume goes on with it, --restart throws it away")
-        names = sorted(begun.keys() | self._job.keys())
-        differing = [name for name in names if begun.get(name) != self._job.get(name)]
-        if differing:
-            raise UsageError(f"{found}: it was begun with other {', '.join(differing)}; --restart throws it away")
+        if begun != self._job:
+            names = sorted(begun.keys() | self._job.keys())
+            differing = [name for name in names if name != "files" and begun.get(name) != self._job.get(name)]
+            said = ", ".join(differing) or "files"  # which follow from the others, unless Temper was another
+            raise UsageError(f"{found}: it was begun with other {said}; --restart throws it away")
         print(f"{found}: going on with it", flush=True)
         return True
 

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import torch
@@ -9,8 +10,9 @@ import torch
 from toolkits.foundation.errors import CheckpointError
 
 from .mapped_file import MappedFolder
-from .mcore_directory import find_step, hf_folder, is_mcore_directory
+from .mcore_directory import find_step, hf_folder, is_mcore_directory, require_torch_dist
 from .safe_pickle import METADATA_FILE, Archive, StoredChunk, StoredTensor, read_metadata
+from .split_keys import merged
 
 __all__ = ["McoreCheckpoint", "Region", "find_step", "hf_folder", "is_mcore_directory"]
 
@@ -20,14 +22,14 @@ Bounds = tuple[tuple[int, int], ...]  # first and behind the last, axis by axis
 class McoreCheckpoint:
     """The tensors of a step folder by key.
 
-    `tensors[key]` has `dtype` and the whole `shape`, merged layer axis included. Every pickle comes in through
-    `safe_pickle`.
+    `tensors[key]` has `dtype` and the whole `shape`, merged layer axis included; experts are merged whatever way
+    they were saved in. Every pickle comes in through `safe_pickle`.
     """
 
     def __init__(self, directory: Path) -> None:
         self.step = find_step(directory)
-        metadata = read_metadata(self.step)
-        self.tensors: dict[str, StoredTensor] = metadata.tensors
+        require_torch_dist(self.step)
+        self.tensors: dict[str, StoredTensor] = merged(read_metadata(self.step).tensors)
         self._files = MappedFolder(self.step)
         self._chunks: dict[StoredChunk, torch.Tensor] = {}
 
@@ -55,7 +57,8 @@ class McoreCheckpoint:
         """Return the parts of a slice that chunks hold: where each lies in it, and a view of its data."""
         overlaps = [(chunk, _overlap(chunk, start, shape)) for chunk in self.tensors[key].chunks]
         overlaps = [(chunk, bounds) for chunk, bounds in overlaps if all(low < high for low, high in bounds)]
-        if sum(math.prod(high - low for low, high in bounds) for _, bounds in overlaps) != math.prod(shape):
+        count = sum(math.prod(high - low for low, high in bounds) for _, bounds in overlaps)
+        if count != math.prod(shape) or any(_meet(a, b) for (_, a), (_, b) in combinations(overlaps, 2)):
             raise CheckpointError(f"{self.step}: the chunks of {key} do not cover it exactly once; the save is damaged")
         return [
             (_shifted(bounds, start), self._chunk(key, chunk)[_slices(_shifted(bounds, chunk.offsets))])
@@ -67,12 +70,14 @@ class McoreCheckpoint:
             source = f"{self.step / chunk.file} ({key})"
             tensor = Archive(self._files.file(chunk.file), chunk.start, chunk.length, source=source).tensor()
             stored = self.tensors[key]
-            if tuple(tensor.shape) != chunk.sizes or tensor.dtype != stored.dtype:
+            # A chunk of a tensor that was put together has an axis more than what is stored.
+            same = tuple(tensor.shape) == chunk.sizes[-tensor.ndim or len(chunk.sizes) :]
+            if not same or tensor.numel() != math.prod(chunk.sizes) or tensor.dtype != stored.dtype:
                 raise CheckpointError(
                     f"{source} holds {list(tensor.shape)} of {tensor.dtype}, .metadata says {list(chunk.sizes)} "
                     f"of {stored.dtype}; the save is damaged"
                 )
-            self._chunks[chunk] = tensor
+            self._chunks[chunk] = tensor.view(chunk.sizes)
         return self._chunks[chunk]
 
 
@@ -109,6 +114,10 @@ def _overlap(chunk: StoredChunk, start: tuple[int, ...], shape: tuple[int, ...])
         (max(offset, first), min(offset + size, first + count))
         for offset, size, first, count in zip(chunk.offsets, chunk.sizes, start, shape, strict=True)
     )
+
+
+def _meet(a: Bounds, b: Bounds) -> bool:
+    return all(max(low, first) < min(high, last) for (low, high), (first, last) in zip(a, b, strict=True))
 
 
 def _shifted(bounds: Bounds, origin: tuple[int, ...]) -> Bounds:

@@ -4,7 +4,8 @@
     DIR/release/  or  DIR/iter_0000100/        a step: .metadata  __0_0.distcp ...  common.pt  metadata.json
     DIR/hf/                                    config.json and the tokenizer: what an export needs
 
-Directories made by other tools keep config.json and the tokenizer at their root; they are read too.
+Directories made by other tools keep config.json and the tokenizer at their root; they are read too. Megatron-Bridge
+keeps the tokenizer in the step (`tokenizer/`). Since megatron-core 0.19 `common.pt` is one of the step's objects.
 """
 
 import re
@@ -13,9 +14,12 @@ from pathlib import Path
 
 from toolkits.foundation.errors import CheckpointError
 
+from .safe_files import read_json
+
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
 RELEASE = "release"
 HF_FOLDER = "hf"
+TOKENIZER_FOLDER = "tokenizer"
 STEP_FILES = (".metadata", "metadata.json")  # written last by everybody: a step that has both is complete
 
 _STEP_NAME = re.compile(r"release|iter_(\d+)")
@@ -39,6 +43,7 @@ def find_step(directory: Path) -> Path:
         raise CheckpointError(f"no checkpoint at {directory}: no such folder")
     steps = [path for path in step_folders(directory) if _is_complete(path)]
     if not steps:
+        _refuse_rank_folders(directory)
         unfinished = ", ".join(path.name for path in step_folders(directory))
         found = f"incomplete: {unfinished}" if unfinished else "no release/ or iter_NNNNNNN/ folder in it"
         raise CheckpointError(f"no checkpoint at {directory} ({found})")
@@ -81,16 +86,39 @@ def hf_folder(directory: Path) -> Path:
     )
 
 
+def require_torch_dist(step: Path) -> None:
+    """Raise CheckpointError when metadata.json names another format than torch_dist."""
+    backend = read_json(step / "metadata.json").get("sharded_backend")
+    if backend != "torch_dist":
+        raise CheckpointError(f"{step} is a checkpoint of format {backend!r} (metadata.json); only torch_dist is read")
+
+
 def is_mcore_directory(directory: Path) -> bool:
     """Whether `directory` is a Megatron-core directory or one of its step folders, complete or not."""
     directory = Path(directory)
-    if any((directory / name).is_file() for name in (*STEP_FILES, TRACKER_FILE)):
+    if any((directory / name).is_file() for name in (*STEP_FILES, TRACKER_FILE)) or _rank_folders(directory):
         return True
     return bool(step_folders(directory))
 
 
 def _is_complete(step: Path) -> bool:
     return all((step / name).is_file() for name in STEP_FILES)
+
+
+def _rank_folders(folder: Path) -> list[Path]:
+    """Return what Megatron-LM's older format (torch) keeps in a step: a folder for each model-parallel rank."""
+    return sorted(path for path in folder.glob("mp_rank_*") if path.is_dir())
+
+
+def _refuse_rank_folders(directory: Path) -> None:
+    for folder in (directory, *step_folders(directory)):
+        if ranks := _rank_folders(folder):
+            raise CheckpointError(
+                f"{folder} has a folder for each model-parallel rank ({ranks[0].name} and so on): the older format "
+                "`torch` of Megatron-LM, which is not read. Megatron-LM upgrades it: start its training script "
+                "(pretrain_gpt.py) as it was, with --ckpt-convert-format torch_dist --ckpt-convert-save NEW; "
+                "then take NEW"
+            )
 
 
 def _number(step: Path) -> int:

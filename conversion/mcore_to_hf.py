@@ -18,6 +18,8 @@ from .hf_checkpoint import CONFIG_FILE, INDEX_FILE, copy_sidecar_files, safetens
 from .layout import is_finite, name_of
 from .mapped_file import MappedFolder
 from .mcore_as_hf import McoreAsHf
+from .mcore_directory import TOKENIZER_FOLDER
+from .older_spelling import add_older_spelling
 from .options import Options
 from .output import publish_output, state_of
 from .plan import Plan
@@ -39,18 +41,21 @@ def convert(src: Path, dst: Path, **choices: Any) -> Plan:
         raise UsageError("--dequantize is for HuggingFace weights in FP8; a Megatron-core directory has none")
     weights = McoreAsHf(src, dtype=options.dtype)
     plan, checkpoint = weights.plan, weights.checkpoint
-    check_recorded(checkpoint.step, plan, everything=False)
+    if options.verify:
+        check_recorded(checkpoint.step, plan, everything=False)
     tensors = {name: (weights.dtype(name), weights.shape(name)) for name in plan.hf_tensors}
     files, index = safetensors_files(tensors, partial(_span, weights, MappedFolder(temporary_of(dst)), options))
 
     def finish(temporary: Path, hashes: dict[str, str]) -> None:
         if index is not None:
             (temporary / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-        copy_sidecar_files(weights.hf_folder, temporary)
+        for folder in (checkpoint.step / TOKENIZER_FOLDER, weights.hf_folder):
+            copy_sidecar_files(folder, temporary)
         _say_dtype(temporary / CONFIG_FILE, weights.config, (kind for kind, _ in tensors.values()))
+        notes = add_older_spelling(temporary)
         if options.verify:
             HfAsMcore(temporary)  # accounts for every tensor
-        story = Story("mcore2hf", src, options.verify, cast=options.dtype, left_out=weights.left_out)
+        story = Story("mcore2hf", src, options.verify, cast=options.dtype, notes=notes, left_out=weights.left_out)
         write_report(temporary, plan, story, hashes=hashes)
 
     facts = {"source": str(checkpoint.step.resolve()), "files of the source": state_of(checkpoint.files)}

@@ -7,7 +7,7 @@ import io
 import json
 import math
 import pickle
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -87,7 +87,7 @@ def lay_out(chunks: Sequence[Chunk], object_keys: Iterable[str]) -> StepLayout:
     """Give every chunk and every byte object its place in the files of a step folder."""
     object_keys = list(object_keys)
     shares = _shares(chunks)
-    files, places = [], {}
+    files, places = [], dict[MetadataIndex, Place]()
     for number, share in enumerate(shares):
         keys = object_keys[number :: len(shares)]
         files.append(_file(f"__0_{number}.distcp", share, keys, places))
@@ -144,7 +144,7 @@ def _empty_object() -> bytes:
 
 def _describe(
     chunks: Sequence[Chunk], object_keys: Iterable[str]
-) -> Mapping[str, TensorStorageMetadata | BytesStorageMetadata]:
+) -> dict[str, TensorStorageMetadata | BytesStorageMetadata]:
     described: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {
         key: BytesStorageMetadata() for key in object_keys
     }

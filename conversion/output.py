@@ -41,7 +41,12 @@ def publish_output(
             journal.open(temporary)
             with Progress(label, num_bytes, unit="B") as progress:
                 hashes = write_files(
-                    temporary, files, journal=journal, workers=options.workers, advance=progress.advance
+                    temporary,
+                    files,
+                    journal=journal,
+                    hashed=options.verify,
+                    workers=options.num_workers,
+                    advance=progress.advance,
                 )
             finish(temporary, hashes)
             journal.remove()

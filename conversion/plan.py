@@ -9,11 +9,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache
 
+from toolkits.foundation.errors import CheckpointError
+
 from .families import family_for
 from .families.family import ModelFamily, PredictionLayers, Rule
 from .settings import MOST, mcore_settings, places, settings_of
 
 MERGED_LAYERS = "decoder.layers."
+MOST_PARTS = 100_000  # experts or key/value heads in all layers; the largest models have 25,000
 
 # The sizes that rules name, each the product of these settings.
 SIZES = {
@@ -168,6 +171,8 @@ def plan_for(hf_config: Mapping[str, object], *, predicts: bool = False) -> Plan
         for name, factors in SIZES.items()
         if all(settings.get(factor) is not None for factor in factors)
     }
+    if (parts := sizes["layers"] * max(sizes["groups"], sizes.get("experts", 1))) > MOST_PARTS:
+        raise CheckpointError(f"config.json describes {parts:,} experts or key/value heads, which is not believed")
     rules = [rule for rule in family.rules if _exists(rule, settings)]
     tied = [rule for rule in rules if rule.tied_to and settings["share_embeddings_and_output_weights"]]
     stored = [rule for rule in rules if rule not in tied]

@@ -49,7 +49,9 @@ def sizes(values: object) -> tuple[int, ...]:
 
 def is_plain_name(name: object) -> bool:
     """Whether a name that a checkpoint gives a file is one in its own folder."""
-    return isinstance(name, str) and name == Path(name).name and name not in ("", "..") and "\0" not in name
+    if not isinstance(name, str) or name in ("", "..") or "\0" in name:
+        return False
+    return name == Path(name).name and len(name.encode(errors="replace")) <= 255
 
 
 def stays_inside(folder: Path, path: Path) -> bool:

@@ -22,6 +22,7 @@ from .unpickler import STORAGES, Record, loads
 
 METADATA_FILE = ".metadata"
 MAX_PICKLE = 1 << 28  # bytes; the metadata of the largest checkpoints takes some 10 MB
+_HEADERS = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08")  # what can follow a part of a zip archive
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class Archive:
         try:
             self._reader = torch._C.PyTorchFileReader(_RangeReader(content, start, length))  # type: ignore[call-overload]
             self._records = self._reader.get_all_records()
-        except RuntimeError as error:
+        except Exception as error:  # of a damaged archive torch raises nearly anything
             raise self._damaged(error) from None
 
     def load(self) -> object:
@@ -98,13 +99,16 @@ class Archive:
         try:
             (_, kind, key, _, count), offset, shape, stride = record.args[:4]
             dtype = STORAGES[kind.name.removeprefix("torch.")]
-            place = self._reader.get_record_offset(f"data/{key}")
+            place, size = self._reader.get_record_offset(f"data/{key}"), self._reader.get_record_size(f"data/{key}")
             if not all(type(each) is int and each >= 0 for each in (count, offset, *shape, *stride)):
                 raise ValueError("sizes that cannot be")
             last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
-            if place + count * dtype.itemsize > self._length or last >= max(1, count) or math.prod(shape) > count:
+            if count * dtype.itemsize > size or last >= max(1, count) or math.prod(shape) > count:
                 raise ValueError("storage beyond its end")
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            # torch asks the checksum whether a header leads to the right place; what lies behind is as sure, and free.
+            if place + size > self._length or self._content.bytes(self.start + place + size, 4) not in _HEADERS:
+                raise ValueError("its parts do not lie one behind the other")
+        except Exception as error:
             raise self._damaged(error) from None
         return ArchivedTensor(dtype, tuple(shape), tuple(stride), offset, self.start + place, count)
 
@@ -114,7 +118,9 @@ class Archive:
             if self._reader.get_record_size(name) > min(self._length, MAX_PICKLE):
                 raise CheckpointError(f"{self.source} is damaged: {name} in it is larger than can be")
             return self._reader.get_record(name)
-        except RuntimeError as error:
+        except CheckpointError:
+            raise
+        except Exception as error:
             raise self._damaged(error) from None
 
     def _damaged(self, error: Exception) -> CheckpointError:
@@ -142,7 +148,7 @@ class _RangeReader(io.RawIOBase):
         return True
 
     def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]
-        count = max(0, min(len(buffer), self._length - self._at))
+        count = max(0, min(len(buffer), self._length - self._at)) if self._at >= 0 else 0
         buffer[:count] = self._content.view(self._start + self._at, count)
         self._at += count
         return count
@@ -213,6 +219,8 @@ def _parse(metadata: object) -> StepMetadata:
     for index, info in metadata.get("storage_data").items():  # type: ignore[attr-defined]
         key, offsets = index.get("fqn"), sizes(index.state.get("offset") or ())
         file = info.get("relative_path")
+        if not isinstance(key, str):
+            raise ValueError(f"an entry of {key!r}")
         if not is_plain_name(file):
             raise CheckpointError(f"unsafe path in checkpoint metadata: {file!r}")
         if info.state.get("transform_descriptors"):
@@ -239,7 +247,7 @@ def scan_directory(step: Path) -> None:
     step = Path(step)
     metadata = read_metadata(step)
     for path in sorted(step.rglob("*.pt")):
-        content = MappedFile(path)
+        content = MappedFolder(path.parent).file(path.name)
         _scan(Archive(content, 0, len(content), source=str(path)), may_nest=False)
     files = MappedFolder(step)
     for key, chunk in metadata.objects.items():

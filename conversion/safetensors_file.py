@@ -7,6 +7,7 @@ first byte.
 
 import json
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .safe_files import parse_json, sizes
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _MAX_HEADER = 100_000_000
 
 
@@ -40,6 +42,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
     """Return the tensors of a file by name; raise CheckpointError when its header and its size do not fit."""
     size = path.stat().st_size
     again = "; download or copy it again"
+    if _SHA256.fullmatch(blob := path.resolve().name):  # the hub's cache calls files by their hash
+        again += f" (sha256 of the original is {blob})"
     with open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, _MAX_HEADER):

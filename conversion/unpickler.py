@@ -8,7 +8,7 @@ used, and what costs time or memory out of proportion is refused too.
 import io
 import pickle
 from collections.abc import Callable, Iterable
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -126,8 +126,11 @@ class _CountedReads(io.BytesIO):
         return super().read(size)
 
 
-class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
-    dispatch: ClassVar[dict[int, Callable]] = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+_InPython: Any = pickle._Unpickler  # type: ignore[attr-defined]
+
+
+class _Unpickler(_InPython):
+    dispatch: ClassVar[dict[int, Callable]] = dict(_InPython.dispatch)
 
     def __init__(self, file: io.BytesIO) -> None:
         super().__init__(file)
@@ -150,9 +153,17 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
     def load_frame(self) -> None:
         self.read(8)  # how far to read ahead: it does not matter here, and its reads would go uncounted
 
+    def load_put(self) -> None:
+        super().load_put()
+        self._check_memo()
+
     def load_long_binput(self) -> None:
         super().load_long_binput()
-        if max(self.memo) > MAX_READS:
+        self._check_memo()
+
+    def _check_memo(self) -> None:
+        # The unpickler in C, which others read the same file with, makes room for as many.
+        if next(reversed(self.memo)) > MAX_READS:
             raise pickle.UnpicklingError("a memo of a size that cannot be")
 
     def load_build(self) -> None:
@@ -183,6 +194,8 @@ class _Unpickler(pickle._Unpickler):  # type: ignore[name-defined]
 
     for _opcode, _method in (
         (pickle.FRAME, load_frame),
+        (pickle.PUT, load_put),
+        (pickle.LONG_BINPUT, load_long_binput),
         (pickle.BUILD, load_build),
         (pickle.SETITEM, load_setitem),
         (pickle.SETITEMS, load_setitems),

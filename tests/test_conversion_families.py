@@ -188,7 +188,7 @@ def test_what_transformers_wrote_comes_back_bit_for_bit(tmp_path, name):
     assert back.keys() == tensors.keys()
     assert all(torch.equal(back[key], tensors[key]) and back[key].dtype == tensors[key].dtype for key in tensors)
     assert plan.num_parameters == sum(tensor.numel() for tensor in tensors.values())
-    assert json.loads((tmp_path / "back" / "config.json").read_text()) == MODELS[name]
+    assert json.loads((tmp_path / "back" / "config.json").read_text()).items() >= MODELS[name].items()
     lazy, written = HfAsMcore(hf), McoreCheckpoint(tmp_path / "mcore")
     for key, info in lazy.tensors.items():
         start, shape = tuple(size // 3 for size in info.shape), tuple(max(1, size // 2) for size in info.shape)

@@ -38,6 +38,17 @@ def test_a_truncated_shard(hf):  # [21]
         HfCheckpoint(hf)
 
 
+def test_a_truncated_shard_in_the_hubs_cache_is_told_its_hash(hf, tmp_path):  # [21]
+    snapshot, blobs = tmp_path / "models--x" / "snapshots" / "abc", tmp_path / "models--x" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    (hf / "config.json").rename(snapshot / "config.json")
+    (blobs / ("ab" * 32)).write_bytes((hf / "model.safetensors").read_bytes()[:-1])
+    (snapshot / "model.safetensors").symlink_to("../../blobs/" + "ab" * 32)
+    with pytest.raises(CheckpointError, match=r"again \(sha256 of the original is (ab){32}\)"):
+        HfCheckpoint(snapshot)
+
+
 @pytest.mark.parametrize("size", [0, 7, 100])
 def test_a_shard_without_a_whole_header(sharded, size):  # [22]
     path = sharded / "model-00002-of-00003.safetensors"
@@ -111,7 +122,7 @@ def test_config_json_that_is_not_one(hf):  # [32]
         read_config(hf)
 
 
-def test_no_safetensors(hf):
-    (hf / "model.safetensors").rename(hf / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"found pytorch_model.bin \(only safetensors are read\)"):
+def test_no_weights(hf):
+    (hf / "model.safetensors").rename(hf / "consolidated.safetensors")
+    with pytest.raises(CheckpointError, match=r"has neither model.safetensors nor .*; found consolidated.safetensors"):
         HfCheckpoint(hf)

@@ -22,9 +22,9 @@ def _options(command: Callable) -> Callable:
         click.argument("src", type=_FOLDER),
         click.option("--dtype", metavar="TYPE", help="Cast to float32, float16 or bfloat16 (fp32, fp16, bf16)."),
         click.option("--overwrite", is_flag=True, help="Replace DST; it stays in place until the new one is complete."),
-        click.option("--no-verify", is_flag=True, help="Do not read the result again and compare it."),
+        click.option("--no-verify", is_flag=True, help="Neither hash nor compare: the report has no hashes."),
         click.option("--allow-nonfinite", is_flag=True, help="Convert NaN and Inf weights too."),
-        click.option("--workers", default=2, show_default=True, help="Threads; the output is the same for any number."),
+        click.option("--workers", type=int, help="Threads; the output is the same. Default: one a core, 8 at most."),
         click.option("--resume", is_flag=True, help="Go on with what a process that died left of DST."),
         click.option("--restart", is_flag=True, help="Throw away what a process that died left of DST."),
     ):

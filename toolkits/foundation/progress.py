@@ -22,6 +22,7 @@ class Progress:
         self.done = 0
         self._stream = sys.stderr if stream is None else stream
         self._terminal = self._stream.isatty()
+        self._beside = ""
         self._start = self._last = time.monotonic()
 
     def __enter__(self) -> "Progress":
@@ -35,9 +36,10 @@ class Progress:
         elif self._terminal:
             self._stream.write("\n")
 
-    def advance(self, amount: int = 1) -> None:
-        """Add `amount` units of finished work."""
+    def advance(self, amount: int = 1, *, beside: str = "") -> None:
+        """Add `amount` units of finished work; `beside` is said behind the count from now on."""
         self.done += amount
+        self._beside = beside or self._beside
         now = time.monotonic()
         if now - self._last >= (TERMINAL_INTERVAL if self._terminal else PLAIN_INTERVAL):
             self._last = now
@@ -55,6 +57,8 @@ class Progress:
             timing = f"{clock((self.total - self.done) / rate)} left"
         else:
             timing = f"{_scaled(rate, self.unit)}/s"
+        if self._beside:
+            timing += f", {self._beside}"
         if not self._terminal:
             self._stream.write(f"{self.label}: {count}, {timing}\n")
         else:

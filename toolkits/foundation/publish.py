@@ -42,7 +42,13 @@ def publish_directory(
 
 
 @contextlib.contextmanager
-def publish_files(prefix: Path, suffixes: Sequence[str], *, overwrite: bool = False) -> Iterator[Path]:
+def publish_files(
+    prefix: Path,
+    suffixes: Sequence[str],
+    *,
+    overwrite: bool = False,
+    keeps: Callable[[Path], bool] | None = None,
+) -> Iterator[Path]:
     """Yield a temporary directory whose files `NAME + suffix` become `prefix + suffix` when the block ends well.
 
     The files are renamed in the order of `suffixes`, so the last one commits the set. Otherwise as
@@ -53,8 +59,10 @@ def publish_files(prefix: Path, suffixes: Sequence[str], *, overwrite: bool = Fa
     with locked(_sibling(prefix, ".lock-"), what=str(prefix)):
         _recover(targets)
         _refuse_existing(targets, overwrite)
-        temporary = _fresh_temporary(prefix)
-        with _removed_on_error(temporary):
+        temporary = temporary_of(prefix)
+        if not (temporary.exists() and keeps and keeps(temporary)):
+            temporary = _fresh_temporary(prefix)
+        with _removed_on_error(temporary, unless=(KeyboardInterrupt, InterruptedRun) if keeps else ()):
             yield temporary
             fsync_tree(temporary)
             _replace([(temporary / target.name, target) for target in targets])

@@ -271,6 +271,6 @@ def _export(plan: RunPlan, saved: Path, reporter: Reporter) -> None:
         return
     with reporter.doing(EXPORTING):
         write_text(note, "unfinished")  # so that a start after a kill knows whose folder this is
-        convert(saved, plan.export, overwrite=True)  # what an earlier start of this run exported
+        convert(saved, plan.export, overwrite=True, restart=True)  # what an earlier start of this run exported
         write_text(note, saved.name)
         reporter.exported(plan.export, step=saved.name)
