@@ -23,6 +23,7 @@ setup(
         "numpy",
         "safetensors",
         "tokenizers",
+        "fastokens",  # the faster encoder, used where it proves equal to tokenizers
         "jinja2",
         "click",
         "rich",
@@ -32,9 +33,10 @@ setup(
         "matplotlib",
     ],
     extras_require={
+        "data": ["pyarrow"],  # Parquet and zstd
         "te": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny<4"],  # enough for its file store
-        "dev": ["pytest", "ruff", "mypy"],
+        "dev": ["pytest", "ruff", "mypy", "pyarrow"],
     },
 )

@@ -60,6 +60,7 @@ class Target:
 def write_report(folder: Path, plan: Plan, story: Story, *, hashes: Mapping[str, str]) -> None:
     """Write the report of a complete output; tensors of one that is not verified have no hashes."""
     targets = targets_of(folder, plan)
+    assert not story.verified or targets.keys() <= hashes.keys(), sorted(targets.keys() - hashes.keys())
     report = {
         "version": VERSION,
         "temper": version("temper-mcore"),

@@ -58,7 +58,9 @@ def verify_record(directory: Path) -> str:
     step = opened.checkpoint.step if isinstance(opened, McoreAsHf) else Path(directory)
     held = check_recorded(step, plan, everything=True)
     if held is None:
-        raise UsageError(f"{directory} has no {REPORT_FILE} or {MANIFEST_FILE}: name a directory to compare it with")
+        raise UsageError(
+            f"{directory} has no {REPORT_FILE} or {MANIFEST_FILE} with hashes: name a directory to compare it with"
+        )
     return held
 
 

@@ -1,225 +1,220 @@
-"""A JSON or JSONL file -> a dataset on disk.
+"""Files of rows -> a dataset on disk.
 
-    read_rows -> _records -> _rendered -> _samples -> DatasetWriter
+    read_files -> chunks_of -> finished_chunks -> DatasetWriter
 
-Every stage is a generator, so memory stays flat. A stage that finds a bad row gives it to `_Rejects`, which
-stops the build or writes the row down and goes on. The first good row says whether the file holds
-conversations or plain text. The result does not depend on the size of the chunks that the encoder gets.
+Every stage is a generator, so memory stays flat. The first good row says which kind of rows the files hold. A bad
+row stops the build, or is written down. The result depends neither on the size of the chunks, nor on the encoder,
+nor on the number of processes, nor on how often the build was killed and started again.
 """
 
-import json
+import ctypes
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import chain, islice
 from pathlib import Path
-from typing import Any, Literal, TextIO, TypeVar
+from typing import Any, NoReturn
 
-from toolkits.foundation.errors import DataError, UsageError
 from toolkits.foundation.progress import Progress
 from toolkits.foundation.publish import publish_files
 
-from .chat import ChatEncoder, Rendered, Sample, tokenizer_fingerprint
-from .dataset import DOCUMENT_SUFFIX, FILE_SUFFIXES, DatasetWriter, document_prefix
-from .records import Document, ReadReport, Record, Row, RowError, parse_row, read_rows, record
-from .text import TextEncoder
+from .chunks import KIND_OF, BuildOptions, ChunkWork, Finished, chunks_of, read_record
+from .dataset import ABOUT_SUFFIX, Kind, document_prefix, file_suffixes, sibling
+from .reading import STDIN, ReadReport, Row, find_inputs, read_files
+from .rejects import Rejects, rejects_path
+from .row_error import RowError
+from .unfinished import Unfinished
+from .workers import finished_chunks
+from .writer import DatasetWriter, toolkit_version
 
-T = TypeVar("T")
-Numbered = Iterator[tuple[Row, T]]
-Encoder = ChatEncoder | TextEncoder
+__all__ = ["BuildOptions", "build"]
 
-CHARACTERS_AT_ONCE = 1 << 22  # of a chunk's texts: a few long documents are a chunk too
-
-
-@dataclass(frozen=True)
-class BuildOptions:
-    """How a build treats its input."""
-
-    on_bad_row: Literal["stop", "skip"] = "stop"
-    max_bad: float = 0.01  # with skip: the fraction of rows that may be bad
-    encoding: str = "utf-8"
-    merge_consecutive: bool = False  # join neighbouring turns of one role instead of refusing them
-    end_token: str | None = None  # behind each plain text; None: the tokenizer's own
-    chunk_rows: int = 1024  # rows that the encoder gets at once: more need more memory, nothing else changes
+SMALL = 4_000_000  # bytes of input below which tokenizers is done before fastokens is built
+M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
+SPEED_ONLY = ("encoder", "workers", "chunk_rows", "save_seconds")  # options that never change the result
 
 
 @dataclass
 class _Tally:
-    """What the stages count on the way."""
+    """What a build counts on the way."""
 
-    read: ReadReport = field(default_factory=ReadReport)
     rows: int = 0
     layouts: Counter[str] = field(default_factory=Counter)
     control_texts: int = 0
     rows_with_control_text: int = 0
 
+    @classmethod
+    def of(cls, state: Mapping[str, Any]) -> "_Tally":
+        return cls(**{**state, "layouts": Counter(state["layouts"])})
+
+    def state(self) -> dict[str, Any]:
+        return {**vars(self), "layouts": dict(self.layouts)}
+
+    def add(self, done: Finished) -> None:
+        self.rows += done.num_rows
+        self.layouts.update(done.layouts)
+        self.control_texts += done.control_texts
+        self.rows_with_control_text += done.rows_with_control_text
+
 
 def build(
-    input: Path | str,
+    input: Path | str | Sequence[Path | str],
     prefix: Path | str,
     *,
     tokenizer: Path | str,
     overwrite: bool = False,
     options: BuildOptions | None = None,
 ) -> dict[str, Any]:
-    """Write the dataset `prefix` from the conversations or the texts in `input` and return its manifest.
+    """Write the dataset `prefix` from the rows of one or several files and return its manifest.
 
-    `tokenizer` is a HuggingFace folder. Bad rows go to PREFIX.rejects.jsonl when `options` skip them. Raises
-    DataError for bad input, UsageError when the dataset exists or another process is building it.
+    `input` is a path, a pattern, `-` for stdin, or a list of these; `tokenizer` a HuggingFace folder. Bad rows go to
+    PREFIX.rejects.jsonl when `options` skip them. A build that was killed goes on where it was. Raises DataError for
+    bad input, UsageError when the dataset exists or another process is building it.
     """
-    source, options = Path(input), options or BuildOptions()
-    if not source.is_file() and not source.is_fifo():
-        raise DataError(f"{source}: no such file")
-    target = document_prefix(Path(prefix))
-    tally = _Tally()
-    with publish_files(target, FILE_SUFFIXES, overwrite=overwrite) as folder:
-        rejects = _Rejects(source, rejects_path(target), skip=options.on_bad_row == "skip")
-        with rejects, DatasetWriter(folder, target.name) as writer, Progress("building", None, unit="rows") as progress:
-            rows = read_rows(source, tally.read, encoding=options.encoding)
-            records = _records(rows, options, rejects, tally)
-            first = next(records, None)
-            if first is None:
-                rejects.check(tally.rows, options.max_bad)
-            assert first is not None  # without a good row the check has raised
-            encoder = _encoder_for(first[1], Path(tokenizer), options)
-            rendered = _rendered(chain([first], records), encoder, rejects, tally)
-            for chunk in _samples(rendered, encoder, rejects, options.chunk_rows):
-                for sample in chunk:
-                    writer.add(sample.tokens, sample.mask)
-                progress.advance(len(chunk))
+    _return_memory_early()
+    sources = find_inputs([input] if isinstance(input, str | Path) else input)
+    options, tokenizer, target = options or BuildOptions(), Path(tokenizer), document_prefix(Path(prefix))
+    report = ReadReport()
+    kind, rows = _kind_of(read_files(sources, report, encoding=options.encoding), options)
+    if kind is None:
+        _refuse_all(sources, target, rows, options)
+    if options.encoder == "auto" and (_bytes_of(sources) or SMALL) < SMALL:
+        options = replace(options, encoder="tokenizers")
+    work = ChunkWork(kind, tokenizer, options)
+    suffixes, job = file_suffixes(kind), _job(sources, work)
+    unfinished = Unfinished(job, rejects_path(target), seconds=options.save_seconds)
+    with publish_files(target, suffixes, overwrite=overwrite, keeps=unfinished.keeps) as folder:
+        run = _Run(sources, target, options, unfinished, folder)
+        chunks = chunks_of(islice(rows, run.tally.rows, None), first=run.tally.rows, chunk_rows=options.chunk_rows)
+        manifest = run.through(finished_chunks(chunks, work, kind, tokenizer, options), work, report)
+    if ABOUT_SUFFIX not in suffixes:
+        sibling(target, ABOUT_SUFFIX).unlink(missing_ok=True)  # of the dataset that stood here before
+    return manifest
+
+
+class _Run:
+    """From finished chunks to a complete set of files in `folder`."""
+
+    def __init__(
+        self, sources: Sequence[Path], target: Path, options: BuildOptions, unfinished: Unfinished, folder: Path
+    ) -> None:
+        self._sources, self._target, self._options = sources, target, options
+        self._unfinished, self._folder, self._state = unfinished, folder, unfinished.state
+        self.tally = _Tally.of(self._state["tally"]) if self._state else _Tally()
+
+    def through(self, finished: Iterator[Finished], work: ChunkWork, report: ReadReport) -> dict[str, Any]:
+        """Write all chunks and return the manifest."""
+        state, tally, options = self._state or {}, self.tally, self._options
+        skip, path = options.on_bad_row == "skip", rejects_path(self._target)
+        rejects = Rejects(self._sources, path, skip=skip, state=state.get("rejects"))
+        before, begun, total = tally.rows, time.monotonic(), _bytes_of(self._sources)
+        with (
+            rejects,
+            DatasetWriter(self._folder, self._target.name, state=state.get("writer")) as writer,
+            Progress("building", total, unit="B" if total else "rows") as progress,
+        ):
+            for done in finished:
+                for row, error in done.rejects:
+                    rejects.add(row, error)
+                writer.add_rows(done.tokens, done.mask, done.lengths, done.about)
+                tally.add(done)
+                rate = f"{(tally.rows - before) / (time.monotonic() - begun):,.0f} rows/s"
+                amount = report.bytes_read - progress.done if total else done.num_rows
+                progress.advance(amount, beside=rate if total else "")
+                if self._unfinished.is_due:
+                    self._save(writer, rejects)
             rejects.check(tally.rows, options.max_bad)
-        return writer.finish(_about(source, encoder, rejects, tally))
+            progress.advance(total - progress.done if total else 0)
+            self._unfinished.remove(self._folder)
+            return writer.finish(_about(self._sources, work, rejects, tally, report))
+
+    def _save(self, writer: DatasetWriter, rejects: Rejects) -> None:
+        written, rejected = writer.save(), rejects.save()
+        sizes = {self._target.name + suffix: size for suffix, size in written["bytes"].items()}
+        self._unfinished.save(
+            self._folder,
+            rows=self.tally.rows,
+            sizes=sizes,
+            rejects=rejected["bytes"],
+            state={"tally": self.tally.state(), "writer": written, "rejects": rejected},
+        )
 
 
-def rejects_path(target: Path) -> Path:
-    """Return where the bad rows of the dataset `target` are written down."""
-    return target.with_name(target.name.removesuffix(DOCUMENT_SUFFIX) + ".rejects.jsonl")
-
-
-def _encoder_for(first: Record, tokenizer: Path, options: BuildOptions) -> Encoder:
-    if isinstance(first, Document):
-        return TextEncoder(tokenizer, end_token=options.end_token)
-    if options.end_token is not None:
-        raise UsageError("--end-token is for plain text; a chat template ends the turns of conversations itself")
-    return ChatEncoder(tokenizer)
-
-
-def _records(rows: Iterable[Row], options: BuildOptions, rejects: "_Rejects", tally: _Tally) -> Numbered[Record]:
-    kind: type | None = None
+def _kind_of(rows: Iterator[Row], options: BuildOptions) -> tuple[Kind | None, Iterator[Row]]:
+    """Return which kind the first good row is of, and all rows again; None when a bad one stops the build first."""
+    seen = []
     for row in rows:
-        tally.rows += 1
+        seen.append(row)
         try:
-            found = record(parse_row(row, encoding=options.encoding), merge_consecutive=options.merge_consecutive)
-            if kind not in (None, type(found)):
-                raise RowError("mixed", _mixed(found))
-            kind = type(found)
-        except RowError as error:
-            rejects.add(row, error)
-            continue
-        tally.layouts[found.layout] += 1
-        yield row, found
+            return KIND_OF[type(read_record(row, options))], chain(seen, rows)
+        except RowError:
+            if options.on_bad_row == "stop":
+                break
+    return None, chain(seen, rows)
 
 
-def _mixed(found: Record) -> str:
-    words = ("plain text", "conversations") if isinstance(found, Document) else ("a conversation", "plain texts")
-    return f"{words[0]} in a file of {words[1]}; a dataset holds one of them: build each from a file of its own"
+def _refuse_all(sources: Sequence[Path], target: Path, rows: Iterator[Row], options: BuildOptions) -> NoReturn:
+    """Raise DataError for files without a good row, with their bad ones written down where that is asked for."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with Rejects(sources, rejects_path(target), skip=options.on_bad_row == "skip", state=None) as rejects:
+        count = 0
+        for row in rows:
+            count += 1
+            try:
+                read_record(row, options)
+            except RowError as error:
+                rejects.add(row, error)
+        rejects.check(count, options.max_bad)
+    raise AssertionError("a good row was there after all")
 
 
-def _rendered(
-    records: Iterable[tuple[Row, Record]], encoder: Encoder, rejects: "_Rejects", tally: _Tally
-) -> Numbered[Rendered]:
-    for row, found in records:
-        try:
-            rendered = encoder.render(found)  # type: ignore[arg-type]  # _records keeps to the encoder's kind
-        except RowError as error:
-            rejects.add(row, error)
-            continue
-        tally.control_texts += rendered.num_control_texts
-        tally.rows_with_control_text += rendered.num_control_texts > 0
-        yield row, rendered
+def _return_memory_early() -> None:
+    """Have glibc give large arrays back as soon as they are freed, and keep one heap for all threads.
+
+    Left alone it keeps what the largest chunk took, once for each thread: a quarter of a build's memory.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
+    if mallopt is not None:
+        mallopt(M_MMAP_THRESHOLD, 1 << 18)
+        mallopt(M_ARENA_MAX, 1)
 
 
-def _samples(
-    rendered: Numbered[Rendered], encoder: Encoder, rejects: "_Rejects", chunk_rows: int
-) -> Iterator[list[Sample]]:
-    for chunk in _chunks(rendered, chunk_rows):
-        samples = []
-        for (row, _), sample in zip(chunk, encoder.encode([text for _, text in chunk]), strict=True):
-            if isinstance(sample, RowError):
-                rejects.add(row, sample)
-            else:
-                samples.append(sample)
-        yield samples
-
-
-def _chunks(rendered: Numbered[Rendered], chunk_rows: int) -> Iterator[list[tuple[Row, Rendered]]]:
-    chunk, characters = [], 0
-    for row, text in rendered:
-        chunk.append((row, text))
-        characters += len(text.text)
-        if len(chunk) == chunk_rows or characters >= CHARACTERS_AT_ONCE:
-            yield chunk
-            chunk, characters = [], 0
-    if chunk:
-        yield chunk
-
-
-class _Rejects:
-    """Bad rows: the first one stops the build, or each is written to `path` with its reason."""
-
-    def __init__(self, source: Path, path: Path, *, skip: bool) -> None:
-        self.reasons: Counter[str] = Counter()
-        self._source, self._path, self._skip = source, path, skip
-        self._first = ""
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "_Rejects":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if self._file:
-            self._file.close()
-        elif kind is None:
-            self._path.unlink(missing_ok=True)  # what an earlier build left there is not about this one
-
-    def add(self, row: Row, error: RowError) -> None:
-        """Raise DataError, or write the row down."""
-        said = f"{self._source}:{row.line}: {error}"
-        if not self._skip:
-            raise DataError(f"{said} (mend it, or drop such rows with --on-bad-row skip)") from error
-        self._first = self._first or said
-        self.reasons[error.reason] += 1
-        if self._file is None:
-            self._file = open(self._path, "w", encoding="utf-8")  # noqa: SIM115  closed by __exit__
-        data = row.data.decode("utf-8", "replace").rstrip("\r\n") if isinstance(row.data, bytes) else row.data
-        entry = {"line": row.line, "reason": error.reason, "message": str(error), "row": data}
-        # Escaped, because a rejected row may hold what no encoding can write.
-        self._file.write(json.dumps(entry, ensure_ascii=True) + "\n")
-
-    def check(self, rows: int, max_bad: float) -> None:
-        """Raise DataError when no row is left, or too many were bad."""
-        bad = self.reasons.total()
-        if not rows:
-            raise DataError(f"{self._source}: the file has no rows")
-        if bad > max_bad * rows or bad == rows:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
-            raise DataError(
-                f"{self._source}: {bad} of {rows} rows are bad ({bad / rows:.2%}, --max-bad allows {max_bad:.2%}): "
-                f"{reasons}; all of them are in {self._path}; the first: {self._first}"
-            )
-
-
-def _about(source: Path, encoder: Encoder, rejects: _Rejects, tally: _Tally) -> dict[str, Any]:
-    folder = encoder.tokenizer.folder.resolve()
+def _job(sources: Sequence[Path], work: ChunkWork) -> dict[str, Any] | None:
+    """Return everything that decides the result; None when the input cannot be read twice."""
+    if any(path == STDIN or not path.is_file() for path in sources):
+        return None
+    facts = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in sources]
+    options = {key: value for key, value in asdict(work.options).items() if key not in SPEED_ONLY}
     return {
-        "tokenizer": {"name": folder.name, "folder": str(folder), "fingerprint": tokenizer_fingerprint(folder)},
-        **encoder.about(),
+        "input": facts,
+        "options": options,
+        "encoding": work.about(),
+        "tokenizer": work.encoder.tokenizer.fingerprint,
+        "version": toolkit_version(),
+    }
+
+
+def _bytes_of(sources: Sequence[Path]) -> int | None:
+    if any(path == STDIN or not path.is_file() for path in sources):
+        return None
+    return sum(path.stat().st_size for path in sources)
+
+
+def _about(
+    sources: Sequence[Path], work: ChunkWork, rejects: Rejects, tally: _Tally, report: ReadReport
+) -> dict[str, Any]:
+    tokenizer = work.encoder.tokenizer
+    folder = tokenizer.folder.resolve()
+    return {
+        "tokenizer": {"name": folder.name, "folder": str(folder), "fingerprint": tokenizer.fingerprint},
+        **work.about(),
         "input": {
-            "name": source.name,
-            "kind": tally.read.kind,
+            "name": ", ".join("stdin" if path == STDIN else path.name for path in sources),
+            "kind": report.kind,
             "rows": tally.rows,
             "layouts": dict(sorted(tally.layouts.items())),
-            "notes": dict(sorted(tally.read.notes.items())),
+            "notes": dict(sorted(report.notes.items())),
         },
         "control_text": {"texts": tally.control_texts, "rows": tally.rows_with_control_text},
         "dropped": dict(sorted(rejects.reasons.items())),

@@ -8,8 +8,8 @@ that; results of tools are not. Where the template only copies what messages say
 rendered once (see shapes.py).
 """
 
+import re
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from .tokenizer import LoadedTokenizer, load_tokenizer
 from .turns import Message
 
 TrainOn = Literal["all", "last", "marked"]
+ESCAPED_HALF = re.compile(r"\\ud8[0-9a-f]{2}")  # of a surrogate pair: how JSON in ASCII would spell hidden text
 MAX_SHAPES = 4096  # remembered; conversations of still other shapes are rendered one by one
 
 
@@ -63,13 +64,12 @@ class ChatEncoder:
         Without it `train_on` decides. Raises RowError with reasons `template`, `dropped_turn`, `undecidable`,
         `no_end_token` and `control_text`.
         """
-        messages = conversation.messages
-        wanted = tuple(trained if trained is not None else _trained_turns(messages, self.train_on))
         if self.template.copies_contents and not conversation.tools:
-            shape = self._shape(messages, wanted)
+            shape = self._shape(conversation.messages, trained)
             if shape is not None:
-                hidden = [self._control.hide(message.content) for message in messages]
-                return shape.fill([text for text, _ in hidden], sum(count for _, count in hidden))
+                hidden = [self._control.hide(message.content) for message in conversation.messages]
+                return shape.fill([text for text, _ in hidden], sum([count for _, count in hidden]))
+        wanted = trained if trained is not None else _trained_turns(conversation.messages, self.train_on)
         messages, tools, num_hidden = self._hidden(conversation)
         return self._rendered(messages, tools, wanted, num_hidden)
 
@@ -90,22 +90,23 @@ class ChatEncoder:
         template = {"source": source.origin, "sha256": source.sha256}
         return {"kind": "conversations", "chat_template": template, "train_on": self.train_on}
 
-    def _shape(self, messages: Sequence[Message], wanted: tuple[bool, ...]) -> Shape | None:
+    def _shape(self, messages: Sequence[Message], trained: Sequence[bool] | None) -> Shape | None:
         """Return the shape of such conversations; None where they must be rendered one by one."""
+        turns = [(message.role, message.loss, not message.content) for message in messages]
+        key = (tuple(turns), trained and tuple(trained))
         for message in messages:
-            if not message.is_plain or (message.content and message.content.isspace()):
+            if not message.is_plain or message.content.isspace():
                 return None
-        key = (wanted, *((message.role, bool(message.content)) for message in messages))
         if key not in self._shapes and len(self._shapes) < MAX_SHAPES:
-            self._shapes[key] = self._new_shape(messages, wanted)
+            self._shapes[key] = self._new_shape(messages, trained or _trained_turns(messages, self.train_on))
         return self._shapes.get(key)
 
-    def _new_shape(self, messages: Sequence[Message], wanted: tuple[bool, ...]) -> Shape | None:
+    def _new_shape(self, messages: Sequence[Message], wanted: Sequence[bool]) -> Shape | None:
         trial = [
-            replace(message, content=stand_in(number) if message.content else "")
+            message._replace(content=stand_in(number) if message.content else "")
             for number, message in enumerate(messages)
         ]
-        padded = [replace(one, content=LEFT + one.content + RIGHT if one.content else "") for one in trial]
+        padded = [one._replace(content=LEFT + one.content + RIGHT if one.content else "") for one in trial]
         try:
             rendered = self._rendered(trial, [], wanted, 0)
             return shape_of(rendered, self.template.render(padded)[0])
@@ -113,9 +114,11 @@ class ChatEncoder:
             return None  # the row itself will say what is wrong
 
     def _rendered(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]], wanted: tuple[bool, ...], num_hidden: int
+        self, messages: Sequence[Message], tools: list[dict[str, Any]], wanted: Sequence[bool], num_hidden: int
     ) -> Rendered:
         text, spans, one_each = self._finder.render(messages, tools)
+        if num_hidden and ESCAPED_HALF.search(text):
+            raise RowError("control_text", "the chat template escapes control text in a message, which hides it")
         spans = _chosen(spans, one_each, messages, wanted)
         return Rendered(text, tuple(spans), len(self._control.pattern.findall(text)), num_hidden)
 
@@ -126,19 +129,17 @@ class ChatEncoder:
             content, count = self._control.hide(message.content)
             total += count
             if not message.is_plain:
-                said = {"reasoning": message.reasoning, "name": message.name, "tool_call_id": message.tool_call_id}
-                (calls, said), count = _both(self._control, list(message.tool_calls), said)
-                total += count
-                message = replace(message, tool_calls=tuple(calls), **said)
-            messages.append(replace(message, content=content))
+                calls, in_calls = self._control.hide_all(list(message.tool_calls))
+                reasoning, in_reasoning = self._control.hide(message.reasoning)
+                name, in_name = self._control.hide_all(message.name)
+                call_id, in_id = self._control.hide_all(message.tool_call_id)
+                total += in_calls + in_reasoning + in_name + in_id
+                message = message._replace(
+                    tool_calls=tuple(calls), reasoning=reasoning, name=name, tool_call_id=call_id
+                )
+            messages.append(message._replace(content=content))
         tools, count = self._control.hide_all(list(conversation.tools))
         return messages, tools, total + count
-
-
-def _both(control: ControlText, calls: list[Any], said: dict[str, Any]) -> tuple[tuple[list[Any], dict[str, Any]], int]:
-    hidden_calls, in_calls = control.hide_all(calls)
-    hidden_said, in_said = control.hide_all(said)
-    return (hidden_calls, hidden_said), in_calls + in_said
 
 
 def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[bool]:
@@ -151,9 +152,7 @@ def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[bool]
     return trained
 
 
-def _chosen(
-    spans: list[Span], one_each: bool, messages: Sequence[Message], wanted: Sequence[bool]
-) -> list[Span]:
+def _chosen(spans: list[Span], one_each: bool, messages: Sequence[Message], wanted: Sequence[bool]) -> list[Span]:
     """Return the spans of the turns that are wanted."""
     answers = [want for message, want in zip(messages, wanted, strict=True) if message.role == "assistant"]
     if all(answers):

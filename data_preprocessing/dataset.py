@@ -10,19 +10,26 @@
                                 34-          int32 x n: each row's length in tokens
                                              int64 x n: each row's first byte in .bin
                                              int64 x (n + 1): 0, 1, ..., n (every row is a document)
+    PREFIX_text_document.about  for some kinds: one line of JSON for each row, in the same order
     PREFIX_text_document.json   the manifest: versions, tokenizer, chat template, counts, checksums
 
 .bin and .idx are a standard Megatron indexed dataset. A row is one conversation or one document, unpadded and
-unpacked. The manifest is renamed into place last: a set without it is not whole.
+unpacked. The manifest is renamed into place last: a set without it is not whole. Its `kind` says what rows are:
+
+    conversations   trained where the mask says so
+    text            documents, every token trained
+    preferences     two rows for each pair: row 2i is the better answer to its prompt, row 2i + 1 the worse one; the
+                    mask is 1 in the answers alone, and both rows are equal up to where the answers part
+    labelled        conversations, and whether the answer is good in .about: {"label": true}
+    prompts         prompts that a model will answer, mask 0, and what their rows say beside in .about:
+                    {"answer": "42", ...}
 """
 
-import array
 import hashlib
-import importlib.metadata
 import json
 import struct
+from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -30,7 +37,8 @@ import numpy as np
 from toolkits.foundation.errors import DataError
 
 DOCUMENT_SUFFIX = "_text_document"
-FILE_SUFFIXES = (".bin", ".mask", ".idx", ".json")  # the order of publishing: the manifest commits the set
+FILE_SUFFIXES = (".bin", ".mask", ".idx", ".json")  # of every kind; the order of publishing
+ABOUT_SUFFIX = ".about"
 FORMAT = "temper-dataset"
 FORMAT_VERSION = 1
 
@@ -39,10 +47,15 @@ INDEX_VERSION = 1
 HEADER = struct.Struct("<9sQBQQ")
 TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}
 INT32_CODE = 4
-ROWS_AT_ONCE = 1 << 20
 TOKENS_AT_ONCE = 1 << 26  # tokens that a scan holds in memory
 
-Kind = Literal["conversations", "text"]
+Kind = Literal["conversations", "text", "preferences", "labelled", "prompts"]
+KINDS_WITH_ABOUT = ("labelled", "prompts")
+
+
+def file_suffixes(kind: Kind) -> tuple[str, ...]:
+    """Return the suffixes of a dataset's files in the order of publishing: the manifest commits the set."""
+    return (*FILE_SUFFIXES[:-1], *([ABOUT_SUFFIX] if kind in KINDS_WITH_ABOUT else []), FILE_SUFFIXES[-1])
 
 
 class Dataset(Protocol):
@@ -86,7 +99,7 @@ class Dataset(Protocol):
 def document_prefix(path: Path) -> Path:
     """Return the path without suffix of the dataset `P`, `P_text_document` or `P_text_document.bin`."""
     text = str(path)
-    for suffix in FILE_SUFFIXES:
+    for suffix in (*FILE_SUFFIXES, ABOUT_SUFFIX):
         text = text.removesuffix(suffix)
     return Path(text if text.endswith(DOCUMENT_SUFFIX) else text + DOCUMENT_SUFFIX)
 
@@ -100,10 +113,10 @@ def open_dataset(path: Path | str) -> Dataset:
     """
     prefix = document_prefix(Path(path))
     index = Index(prefix)
-    if _sibling(prefix, ".json").exists():
+    if sibling(prefix, ".json").exists():
         return IndexedDataset(prefix, index)
-    if _sibling(prefix, ".mask").exists():
-        raise DataError(f"{_sibling(prefix, '.json')} is missing, {prefix}.mask is there{_unfinished(prefix)}")
+    if sibling(prefix, ".mask").exists():
+        raise DataError(f"{sibling(prefix, '.json')} is missing, {prefix}.mask is there{_unfinished(prefix)}")
     from .unlabelled import recognise  # imports this module
 
     return recognise(prefix, index)
@@ -117,7 +130,7 @@ class Index:
     """
 
     def __init__(self, prefix: Path) -> None:
-        self.path, self.bin_path = _sibling(prefix, ".idx"), _sibling(prefix, ".bin")
+        self.path, self.bin_path = sibling(prefix, ".idx"), sibling(prefix, ".bin")
         missing = [str(path) for path in (self.bin_path, self.path) if not path.exists()]
         if missing:
             raise DataError(f"no dataset at {prefix}: missing {' and '.join(missing)}{_unfinished(prefix)}")
@@ -173,7 +186,7 @@ class IndexedDataset:
 
     def __init__(self, prefix: Path, index: Index) -> None:
         self.path = prefix
-        self.manifest: dict[str, Any] = _read_manifest(_sibling(prefix, ".json"))
+        self.manifest: dict[str, Any] = _read_manifest(sibling(prefix, ".json"))
         self.kind: Kind = self.manifest.get("kind", "conversations")
         self.lengths = index.lengths
         self._starts = index.pointers
@@ -181,7 +194,7 @@ class IndexedDataset:
             raise DataError(f"{index.path}: tokens of type {index.dtype}, expected int32")
         self._tokens = index.tokens()
         self._check_sizes()
-        self._mask = np.memmap(_sibling(prefix, ".mask"), np.uint8, "r") if len(self._tokens) else np.zeros(0, np.uint8)
+        self._mask = np.memmap(sibling(prefix, ".mask"), np.uint8, "r") if len(self._tokens) else np.zeros(0, np.uint8)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -204,6 +217,26 @@ class IndexedDataset:
     def num_trained_tokens(self) -> int:
         return self.manifest["counts"]["trained_tokens"]
 
+    def about(self, row: int) -> dict[str, Any]:
+        """Return what is known of a row beside its tokens: a label, a reference answer; empty for other kinds."""
+        if self.kind not in KINDS_WITH_ABOUT:
+            return {}
+        start, end = self._about_bounds[row : row + 2]
+        with open(sibling(self.path, ABOUT_SUFFIX), "rb") as file:
+            file.seek(int(start))
+            return json.loads(file.read(int(end - start)))  # type: ignore[no-any-return]
+
+    @cached_property
+    def _about_bounds(self) -> np.ndarray:
+        """The byte at which each line of .about begins, and where the last one ends, int64 [rows + 1]."""
+        data = np.memmap(sibling(self.path, ABOUT_SUFFIX), np.uint8, "r")
+        blocks = range(0, len(data), TOKENS_AT_ONCE)
+        ends = [np.flatnonzero(data[first : first + TOKENS_AT_ONCE] == ord("\n")) + first + 1 for first in blocks]
+        bounds = np.concatenate([[0], *ends])
+        if len(bounds) != len(self) + 1:
+            raise DataError(f"{self.path}{ABOUT_SUFFIX}: {len(bounds) - 1} lines for {len(self)} rows; build it again")
+        return bounds
+
     def trained_targets(self) -> np.ndarray:
         counts = np.zeros(len(self), np.int64)
         starts = np.asarray(self._starts) // 4
@@ -220,7 +253,7 @@ class IndexedDataset:
     def verify(self) -> None:
         """Read everything and compare it with the manifest's checksums; DataError when something differs."""
         for suffix, expected in self.manifest["files"].items():
-            path = _sibling(self.path, suffix)
+            path = sibling(self.path, suffix)
             with open(path, "rb") as file:
                 actual = hashlib.file_digest(file, "sha256").hexdigest()
             if actual != expected["sha256"]:
@@ -233,10 +266,10 @@ class IndexedDataset:
         return slice(start, start + int(self.lengths[row]))
 
     def _check_sizes(self) -> None:
-        if not _sibling(self.path, ".mask").exists():
-            raise DataError(f"{_sibling(self.path, '.mask')} is missing{_unfinished(self.path)}")
+        if not sibling(self.path, ".mask").exists():
+            raise DataError(f"{sibling(self.path, '.mask')} is missing{_unfinished(self.path)}")
         for suffix, expected in self.manifest["files"].items():
-            path = _sibling(self.path, suffix)
+            path = sibling(self.path, suffix)
             actual = path.stat().st_size
             if actual != expected["bytes"]:
                 raise DataError(
@@ -248,95 +281,7 @@ class IndexedDataset:
             raise DataError(f"{self.path}: the manifest counts {counts['rows']} rows, the index {len(self)}")
 
 
-class DatasetWriter:
-    """Writes rows as they come; memory holds four bytes a row.
-
-    The files go into `folder` under `name`; `finish` completes the set. Publishing is the caller's.
-    """
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._prefix = folder / name
-        self._bin = _HashedFile(_sibling(self._prefix, ".bin"))
-        self._mask = _HashedFile(_sibling(self._prefix, ".mask"))
-        self._lengths = array.array("i")
-        self._tokens = self._trained = 0
-        self._max_token_id = -1
-
-    def __enter__(self) -> "DatasetWriter":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bin.close()
-        self._mask.close()
-
-    def add(self, tokens: np.ndarray, mask: np.ndarray) -> None:
-        """Append a row: `tokens` [n] as int32, `mask` uint8 [n] of 0 and 1."""
-        assert len(tokens) == len(mask) > 0
-        self._bin.write(np.ascontiguousarray(tokens, "<i4").data)
-        self._mask.write(np.ascontiguousarray(mask, np.uint8).data)
-        self._lengths.append(len(tokens))
-        self._tokens += len(tokens)
-        self._trained += int(np.count_nonzero(mask))
-        self._max_token_id = max(self._max_token_id, int(tokens.max()))
-
-    def finish(self, about: dict[str, Any]) -> dict[str, Any]:
-        """Write the index and the manifest, which gets `about` beside counts and checksums; return it."""
-        index = _HashedFile(_sibling(self._prefix, ".idx"))
-        self._write_index(index)
-        files = {".bin": self._bin, ".mask": self._mask, ".idx": index}
-        manifest = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "toolkit_version": _toolkit_version(),
-            **about,
-            "counts": {
-                "rows": len(self._lengths),
-                "tokens": self._tokens,
-                "trained_tokens": self._trained,
-                "max_token_id": self._max_token_id,
-                "longest": max(self._lengths, default=0),
-            },
-            "files": {suffix: file.close() for suffix, file in files.items()},
-        }
-        text = json.dumps(manifest, ensure_ascii=False, indent=2) + "\n"
-        _sibling(self._prefix, ".json").write_text(text, encoding="utf-8")
-        return manifest
-
-    def _write_index(self, index: "_HashedFile") -> None:
-        rows = len(self._lengths)
-        lengths = np.frombuffer(self._lengths, np.int32) if rows else np.zeros(0, np.int32)
-        index.write(HEADER.pack(MAGIC, INDEX_VERSION, INT32_CODE, rows, rows + 1))
-        index.write(lengths.astype("<i4", copy=False).tobytes())
-        start = 0
-        for first in range(0, rows, ROWS_AT_ONCE):
-            ends = start + 4 * np.cumsum(lengths[first : first + ROWS_AT_ONCE], dtype=np.int64)
-            index.write(np.concatenate([[start], ends[:-1]]).astype("<i8").tobytes())
-            start = int(ends[-1])
-        for first in range(0, rows + 1, ROWS_AT_ONCE):
-            index.write(np.arange(first, min(first + ROWS_AT_ONCE, rows + 1), dtype="<i8").tobytes())
-
-
-class _HashedFile:
-    """A file that knows its size and checksum when it is closed."""
-
-    def __init__(self, path: Path) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  closed by close()
-        self._hash = hashlib.sha256()
-        self._bytes = 0
-
-    def write(self, data: bytes | memoryview) -> None:
-        self._file.write(data)
-        self._hash.update(data)
-        self._bytes += memoryview(data).nbytes
-
-    def close(self) -> dict[str, Any]:
-        self._file.close()
-        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
-
-
-def _sibling(prefix: Path, suffix: str) -> Path:
+def sibling(prefix: Path, suffix: str) -> Path:
     return prefix.with_name(prefix.name + suffix)
 
 
@@ -361,10 +306,3 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             f"use temper-mcore {manifest.get('toolkit_version')} or build it again"
         )
     return manifest
-
-
-def _toolkit_version() -> str:
-    try:
-        return importlib.metadata.version("temper-mcore")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"

@@ -14,11 +14,10 @@ import json
 import os
 import random
 import sys
-import threading
 from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -31,9 +30,17 @@ Flat = tuple[np.ndarray, np.ndarray]  # ids [tokens], and where each text's begi
 
 RANDOM_TEXTS = 4000
 VOCABULARY_AT_ONCE = 40  # tokens of the vocabulary in one text of the proof
-SCRIPTS = ((32, 127), (32, 127), (0xA0, 0x250), (0x370, 0x530), (0x590, 0x700), (0x900, 0xE80), (0x1100, 0x1200))
-SCRIPTS += ((0x2000, 0x2C00), (0x3000, 0x3100), (0x4E00, 0xA000), (0xAC00, 0xD7A4), (0xF900, 0xFFFD), (0x1F300, 0x1FA00))
-PIECES = ("\n", "\n\n", "\r\n", " ", "  ", "\t", "e\u0301", "\u200d", "'s", "'LL", "1234567", "don't", "ﬁ", "\u3000", "中文")
+# First and last code points of the scripts that the texts at random are of.
+SCRIPTS = ((0x20, 0x7E), (0x20, 0x7E), (0xA0, 0x24F), (0x370, 0x52F), (0x590, 0x6FF), (0x900, 0xE7F), (0x1100, 0x11FF))
+MORE_SCRIPTS = (
+    (0x2000, 0x2BFF),
+    (0x3000, 0x30FF),
+    (0x4E00, 0x9FFF),
+    (0xAC00, 0xD7A3),
+    (0xF900, 0xFFFD),
+    (0x1F300, 0x1F9FF),
+)
+PIECES = ("\n", "\n\n", "\r\n", " ", "  ", "\t", "e\u0301", "\u200d", "'s", "'LL", "1234567", "ﬁ", "\u3000", "中文")
 
 
 class FlatEncoder(Protocol):
@@ -60,36 +67,23 @@ class TokenizersEncoder:
 
 
 class FastokensEncoder:
-    """The `fastokens` library; it is built in a thread of its own, while others read."""
+    """The `fastokens` library."""
 
     name = "fastokens"
 
     def __init__(self, tokenizer: LoadedTokenizer) -> None:
-        self._built: Any = None
-        self._failure: Exception | None = None
-        self._builder = threading.Thread(target=self._build, args=(tokenizer,), daemon=True)
-        self._builder.start()
+        from fastokens import Tokenizer
+
+        if tokenizer.as_json is None:
+            self._built = Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json"))
+        else:
+            self._built = Tokenizer.from_json_str(tokenizer.as_json)
+        self._built.no_truncation()
+        self._built.no_padding()
 
     def encode(self, texts: Sequence[str]) -> Flat:
-        self._builder.join()
-        if self._failure is not None:
-            raise self._failure
         ids, bounds = self._built.encode_batch_flat(list(texts), add_special_tokens=False)
         return np.frombuffer(ids, np.int32), np.frombuffer(bounds, np.int64)
-
-    def _build(self, tokenizer: LoadedTokenizer) -> None:
-        try:
-            from fastokens import Tokenizer
-
-            if tokenizer.as_json is None:
-                built = Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json"))
-            else:
-                built = Tokenizer.from_json_str(tokenizer.as_json)
-            built.no_truncation()
-            built.no_padding()
-            self._built = built
-        except Exception as error:  # kept for who asks for ids
-            self._failure = error
 
 
 def choose_encoder(tokenizer: LoadedTokenizer, name: EncoderName = "auto") -> FlatEncoder:
@@ -102,9 +96,9 @@ def choose_encoder(tokenizer: LoadedTokenizer, name: EncoderName = "auto") -> Fl
         raise MachineError("--encoder fastokens: it is not installed; pip install fastokens, or leave the flag out")
     if name == "tokenizers" or not installed:
         return TokenizersEncoder(tokenizer)
-    encoder, why = FastokensEncoder(tokenizer), _difference(tokenizer)
+    why = _difference(tokenizer)
     if not why:
-        return encoder
+        return FastokensEncoder(tokenizer)
     if name == "fastokens":
         raise MachineError(f"--encoder fastokens: {why} with {tokenizer.folder}; leave the flag out")
     print(f"the encoder is tokenizers, because fastokens {why} with {tokenizer.folder}", file=sys.stderr)
@@ -159,8 +153,8 @@ def _proof_texts(tokenizer: LoadedTokenizer) -> list[str]:
     texts += [" ".join(known[at : at + VOCABULARY_AT_ONCE]) for at in range(0, len(known), VOCABULARY_AT_ONCE)]
     control = list(tokenizer.ids) or [""]
     for _ in range(RANDOM_TEXTS):
-        scripts = draw.choices(SCRIPTS, k=3)
-        drawn = [chr(draw.randrange(*draw.choice(scripts))) for _ in range(draw.randint(0, 60))]
+        scripts = draw.choices(SCRIPTS + MORE_SCRIPTS, k=3)
+        drawn = [chr(draw.randint(*draw.choice(scripts))) for _ in range(draw.randint(0, 60))]
         drawn += draw.choices(PIECES, k=draw.randint(0, 6)) + draw.choices(control, k=draw.randint(0, 2))
         draw.shuffle(drawn)
         texts.append("".join(drawn))

@@ -16,7 +16,7 @@ a text, a message, a list of messages, or, with no prompt beside them, a whole c
 from typing import Any
 
 from .row_error import RowError
-from .turns import CALL_ROLES, ROLES, Message, json_of, json_type, text_of
+from .turns import CALL_ROLES, ROLES, Message, is_encodable, json_of, json_type, text_of
 
 LAYOUTS = {
     "messages": ("messages",),
@@ -107,7 +107,19 @@ def _system_of(row: dict[str, Any]) -> list[Message]:
 def _turns(turns: Any, path: str) -> list[Message]:
     if not isinstance(turns, list):
         raise RowError("type", f"{path} must be a list, it is a {json_type(turns)}")
-    return [_turn(turn, f"{path}[{index}]") for index, turn in enumerate(turns)]
+    return [_plain_turn(turn) or _turn(turn, f"{path}[{index}]") for index, turn in enumerate(turns)]
+
+
+def _plain_turn(turn: Any) -> Message | None:
+    """Return the message of a turn that is a role and a good text, None for any other: nearly all are, so this is
+    what reading costs."""
+    if type(turn) is not dict or len(turn) != 2:
+        return None
+    text = turn.get("content") or turn.get("value")
+    role = ROLES.get(turn.get("role") or turn.get("from"))  # type: ignore[arg-type]
+    if role is None or type(text) is not str or not is_encodable(text):
+        return None
+    return Message(role, text)
 
 
 def _turn(turn: Any, path: str) -> Message:

@@ -48,10 +48,14 @@ def flat_mask(
     counts = np.fromiter((len(spans) for _, spans in texts), np.int64, len(texts))
     flat = np.fromiter((edge for _, spans in texts for span in spans for edge in span), np.int64, 2 * int(counts.sum()))
     starts, stops = (flat.reshape(-1, 2) + np.repeat(first_byte[:-1], counts)[:, None]).T
-    first = np.searchsorted(ends[1:], starts, side="right")
-    past = np.maximum(np.searchsorted(ends[:-1], stops, side="left"), first)
-    changes = np.bincount(first, minlength=len(ids) + 1) - np.bincount(past, minlength=len(ids) + 1)
-    return (np.cumsum(changes[: len(ids)]) > 0).view(np.uint8), adds_up
+    # A row that does not add up must not reach into the next one.
+    row_ends = np.repeat(bounds[1:], counts)
+    first = np.minimum(np.searchsorted(ends[1:], starts, side="right"), row_ends)
+    past = np.minimum(np.searchsorted(ends[:-1], stops, side="left"), row_ends)
+    # Two spans may share a token.
+    edges = np.maximum.accumulate(np.concatenate([[0], np.stack([first, past], axis=1).ravel(), [len(ids)]]))
+    runs = np.diff(edges)  # of tokens that are not trained, that are, that are not, ...
+    return np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs), adds_up
 
 
 def offset_mask(encoding: Encoding, text: str, spans: Sequence[Span]) -> np.ndarray:

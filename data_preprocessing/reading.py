@@ -9,6 +9,7 @@ import glob
 import gzip
 import io
 import json
+import os
 import re
 import sys
 import zlib
@@ -101,19 +102,19 @@ def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Ite
     except LookupError:
         raise UsageError(f"--encoding {encoding}: no such encoding; utf-8, gbk and gb18030 are common") from None
     with _opened(path) as raw:
-        before, seekable = report.bytes_read, raw.seekable()
+        before, seekable, size = report.bytes_read, raw.seekable(), os.fstat(raw.fileno()).st_size
         file, packing = _unpacked(path, raw)
         try:
             for number, row in enumerate(_rows(path, file, report, encoding, packing)):
                 if seekable and not number % ROWS_PER_LOOK:
-                    report.bytes_read = before + raw.tell()
+                    report.bytes_read = before + (row.offset if row.offset and not packing else raw.tell())
                 yield row
         except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             if not packing:
                 raise
             raise DataError(f"{path}: the {packing} file is damaged or incomplete ({error}); copy it again") from None
         if seekable:
-            report.bytes_read = before + raw.seek(0, io.SEEK_END)
+            report.bytes_read = before + size
 
 
 def _opened(path: Path) -> IO[bytes]:
@@ -159,7 +160,7 @@ def _line_rows(path: Path, file: IO[bytes], report: ReadReport, *, behind: int) 
         offset, behind = behind, behind + len(line)
         if line.endswith(b"\r\n"):
             report.notes["CRLF lines"] += 1
-        if not line.strip():
+        if line.isspace():
             report.notes["blank lines"] += 1
             continue
         yield Row(number, line, offset, path)
@@ -225,7 +226,7 @@ def _list_rows(path: Path, raw: bytes, encoding: str) -> Iterator[Row]:
             value, place = decoder.raw_decode(text, place)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(f"{path}:{line + _lines_into(error, line)}: {_list_fault(error)}") from None
-        yield Row(line, value, 0, path)
+        yield Row(line, value, place, path)
         place = _skip_blanks(text, place)
         if text[place : place + 1] == ",":
             place = _skip_blanks(text, place + 1)
@@ -267,7 +268,7 @@ def parse_row(row: Row, *, encoding: str = "utf-8") -> Any:
     """Return the row's JSON value; RowError with reason `encoding` or `syntax` otherwise."""
     if not isinstance(row.data, bytes):
         return row.data
-    if encoding.lower() in ("utf-8", "utf8"):
+    if encoding == "utf-8" or encoding.lower() == "utf8":
         try:
             return orjson.loads(row.data)
         except orjson.JSONDecodeError:

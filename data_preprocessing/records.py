@@ -12,9 +12,9 @@ What a row is, its keys say:
 `tools` may be a list or its JSON text; what the model is told about them is up to its chat template.
 """
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from .layouts import LAYOUTS, answers_of, messages_of, prompt_of, tools_of
 from .row_error import RowError
@@ -22,11 +22,11 @@ from .turns import Message, check_answers, check_prompt, check_turns, json_type,
 
 REFERENCES = ("answer", "solution", "reference", "ground_truth")
 LABELS = ("label", "kto_tag")
+SPECIAL = frozenset((*REFERENCES, *LABELS, "chosen", "text"))  # keys without which a row is a conversation
 LABEL_WORDS = {"true": True, "false": False}  # as CSV spells them
 
 
-@dataclass(frozen=True)
-class Conversation:
+class Conversation(NamedTuple):
     """Checked turns, the name of the layout they came in, and the tools that the model may call, as JSON values."""
 
     messages: tuple[Message, ...]
@@ -73,10 +73,11 @@ class Prompt:
 Record = Conversation | Document | Preference | Labelled | Prompt
 
 
-def record(value: Any, *, merge_consecutive: bool = False, columns: Mapping[str, str] | None = None) -> Record:
+def record(value: Any, *, merge_consecutive: bool = False, columns: Sequence[tuple[str, str]] = ()) -> Record:
     """Return what a row's JSON value is.
 
-    `merge_consecutive` joins neighbouring turns of one role by a newline, `columns` says what the row calls a key.
+    `merge_consecutive` joins neighbouring turns of one role by a newline, `columns` are pairs of a key and what the
+    row calls it.
     Raises RowError with reasons `layout`, `type`, `character`, `role`, `tools`, `turns`, `empty_answer`,
     `empty_text` and `same_answers`.
     """
@@ -84,6 +85,8 @@ def record(value: Any, *, merge_consecutive: bool = False, columns: Mapping[str,
         raise RowError("layout", f"a row must be a JSON object, this one is a {json_type(value)}")
     if columns:
         value = _renamed(value, columns)
+    if SPECIAL.isdisjoint(value):
+        return conversation(value, merge_consecutive=merge_consecutive)
     if "chosen" in value and "rejected" in value:
         return _preference(value, merge_consecutive)
     label = next((key for key in LABELS if isinstance(value.get(key), bool) or value.get(key) in LABEL_WORDS), None)
@@ -110,9 +113,7 @@ def conversation(value: Any, *, merge_consecutive: bool = False) -> Conversation
     return _conversation(messages_of(layout, value), layout, value, merge_consecutive)
 
 
-def _conversation(
-    messages: list[Message], layout: str, value: dict[str, Any], merge_consecutive: bool
-) -> Conversation:
+def _conversation(messages: list[Message], layout: str, value: dict[str, Any], merge_consecutive: bool) -> Conversation:
     if merge_consecutive:
         messages = merged(messages)
     check_turns(messages)
@@ -121,17 +122,21 @@ def _conversation(
 
 
 def _layout_of(value: dict[str, Any]) -> str | None:
-    return next((name for name, keys in LAYOUTS.items() if all(key in value for key in keys)), None)
+    for name, keys in LAYOUTS.items():
+        if keys[0] in value and keys[-1] in value:
+            return name
+    return None
 
 
-def _renamed(value: dict[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    missing = [theirs for theirs in columns.values() if theirs not in value]
+def _renamed(value: dict[str, Any], columns: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    ours_of = {theirs: ours for ours, theirs in columns}
+    missing = [theirs for theirs in ours_of if theirs not in value]
     if missing:
         keys = ", ".join(map(str, value)) or "none"
         raise RowError("layout", f"--columns names {', '.join(missing)}, which this row does not have; it has {keys}")
-    theirs = set(columns.values())
-    kept = {key: part for key, part in value.items() if key not in theirs and key not in columns}
-    return kept | {ours: value[name] for ours, name in columns.items()}
+    replaced = ours_of.values()
+    kept = {key: part for key, part in value.items() if key not in ours_of and key not in replaced}
+    return kept | {ours: value[theirs] for theirs, ours in ours_of.items()}
 
 
 def _document(value: Any) -> Document:
@@ -143,9 +148,7 @@ def _document(value: Any) -> Document:
 
 def _preference(value: dict[str, Any], merge_consecutive: bool) -> Preference:
     layout, shared, answers = answers_of(value)
-    chosen, rejected = (
-        _conversation([*shared, *answer], layout, value, merge_consecutive) for answer in answers
-    )
+    chosen, rejected = (_conversation([*shared, *answer], layout, value, merge_consecutive) for answer in answers)
     if chosen.messages == rejected.messages:
         raise RowError("same_answers", "chosen and rejected are the same answer: nothing to prefer")
     pairs = zip(chosen.messages, rejected.messages, strict=False)

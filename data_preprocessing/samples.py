@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -12,8 +13,7 @@ from .row_error import RowError
 from .tokenizer import LoadedTokenizer
 
 
-@dataclass(frozen=True)
-class Rendered:
+class Rendered(NamedTuple):
     """A row as the model reads it.
 
     `spans` are the trained characters, ascending; `num_control_tokens` counts the control tokens that `text` holds,
@@ -22,7 +22,7 @@ class Rendered:
     """
 
     text: str
-    spans: tuple[Span, ...]
+    spans: Sequence[Span]
     num_control_tokens: int
     num_control_texts: int = 0
 
@@ -49,8 +49,8 @@ class SampleEncoder:
         self._lengths, self._normalizes = tokenizer.byte_lengths, tokenizer.normalizes
         self._encoder, self._control, self._may_be_untrained = encoder, control, may_be_untrained
         greatest = max([0, *tokenizer.control_ids]) if self._lengths is None else len(self._lengths) - 1
-        self._is_control = np.zeros(greatest + 1, np.int32)
-        self._is_control[tokenizer.control_ids] = 1
+        self._is_control = np.zeros(greatest + 1, bool)
+        self._is_control[tokenizer.control_ids] = True
 
     def encode(self, rows: Sequence[Rendered]) -> Samples:
         """Return the rows' samples; an error is `control_text`, `all_masked` or `empty_row`."""
@@ -61,13 +61,14 @@ class SampleEncoder:
         if flat:
             assert self._lengths is not None  # or no row would be flat
             mask, true = flat_mask(ids, bounds, self._lengths, [in_bytes(rows[n].text, rows[n].spans) for n in flat])
-            found = np.diff(np.append(0, np.cumsum(self._is_control[ids]))[bounds])
+            found = np.diff(np.searchsorted(np.flatnonzero(self._is_control[ids]), bounds))
             written = np.fromiter((rows[number].num_control_tokens for number in flat), np.int64, len(flat))
             careful |= {flat[place] for place in np.flatnonzero(~true).tolist()}
             errors = {flat[place]: _made_control_token() for place in np.flatnonzero(found > written).tolist()}
         if careful:
-            ids, mask, bounds = self._merged(rows, dict(zip(flat, np.split(ids, bounds[1:-1]), strict=True)),
-                                             dict(zip(flat, np.split(mask, bounds[1:-1]), strict=True)), careful, errors)
+            ids_of = dict(zip(flat, np.split(ids, bounds[1:-1]), strict=True)) if flat else {}
+            mask_of = dict(zip(flat, np.split(mask, bounds[1:-1]), strict=True)) if flat else {}
+            ids, mask, bounds = self._merged(rows, ids_of, mask_of, careful, errors)
         return self._checked(ids, mask, np.diff(bounds), errors)
 
     def _is_flat(self, row: Rendered) -> bool:
@@ -98,12 +99,12 @@ class SampleEncoder:
         ids = np.concatenate([ids_of[number] for number in order])
         return ids, np.concatenate([mask_of[number] for number in order]), bounds
 
-    def _checked(
-        self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray, errors: dict[int, RowError]
-    ) -> Samples:
+    def _checked(self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray, errors: dict[int, RowError]) -> Samples:
         """Return the samples without the rows that went wrong."""
-        ends = np.cumsum(lengths)
-        trained = np.diff(np.append(0, np.cumsum(mask, dtype=np.int64))[np.append(0, ends)])
+        filled, starts = np.flatnonzero(lengths), np.cumsum(lengths) - lengths
+        trained = np.zeros(len(lengths), np.int64)
+        if len(filled):
+            trained[filled] = np.add.reduceat(mask, starts[filled], dtype=np.int64)
         for number in np.flatnonzero(lengths == 0).tolist():
             errors.setdefault(number, RowError("empty_row", "the rendered text has no token"))
         for number in [] if self._may_be_untrained else np.flatnonzero(trained == 0).tolist():

@@ -7,6 +7,8 @@ which are trained.
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
+from typing import NamedTuple
 
 from .masks import Span
 from .samples import Rendered
@@ -23,8 +25,7 @@ def stand_in(number: int) -> str:
     return f"\ue0f0{number}\ue0f1"
 
 
-@dataclass(frozen=True)
-class Slot:
+class Slot(NamedTuple):
     """Where a content goes, and on which sides it is stripped."""
 
     turn: int
@@ -34,11 +35,9 @@ class Slot:
     def content(self, contents: Sequence[str]) -> str:
         """Return the content of this slot as the template writes it."""
         text = contents[self.turn]
-        if self.left and self.right:
-            return text.strip()
-        if self.left:
-            return text.lstrip()
-        return text.rstrip() if self.right else text
+        if not self.left:
+            return text.rstrip() if self.right else text
+        return text.strip() if self.right else text.lstrip()
 
 
 @dataclass(frozen=True)
@@ -55,13 +54,11 @@ class Shape:
 
     def fill(self, contents: Sequence[str], num_control_texts: int) -> Rendered:
         """Return the conversation with these contents."""
-        parts, lengths, total = [self.literals[0]], [0], 0
-        for slot, literal in zip(self.slots, self.literals[1:], strict=True):
-            content = slot.content(contents)
-            total += len(content)
-            lengths.append(total)
-            parts += (content, literal)
-        spans = tuple((start + lengths[before], end + lengths[past]) for (start, before), (end, past) in self.spans)
+        filled = [slot.content(contents) for slot in self.slots]
+        parts = [""] * (2 * len(filled) + 1)
+        parts[::2], parts[1::2] = self.literals, filled
+        lengths = list(accumulate(map(len, filled), initial=0))
+        spans = [(start + lengths[before], end + lengths[past]) for (start, before), (end, past) in self.spans]
         return Rendered("".join(parts), spans, self.num_control_tokens, num_control_texts)
 
 

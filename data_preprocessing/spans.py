@@ -7,7 +7,6 @@ an error that shows the two texts, never a guess.
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from .control_text import ControlText
@@ -40,7 +39,12 @@ class SpanFinder:
         if marked and len(marked) < answers:
             raise RowError("undecidable", f"the template marks {len(marked)} spans as generated for {answers} answers")
         spans = marked or self._derived(messages, tools, text)
-        return text, [(start, self._end_of_turn(text, start, end)) for start, end in spans], len(spans) == answers
+        ends = [self._end_of_turn(text, start, end) for start, end in spans]
+        unended = [span for span, end in zip(spans, ends, strict=True) if end is None]
+        if len(spans) - len(unended) < answers:  # a template may mark an answer in several pieces
+            raise RowError("no_end_token", self._no_end(text, *unended[0]))
+        ended = [(start, end if found is None else found) for (start, end), found in zip(spans, ends, strict=True)]
+        return text, ended, len(spans) == answers
 
     def _derived(self, messages: Sequence[Message], tools: Tools, text: str) -> list[Span]:
         """Return the characters each answer adds, by rendering the conversation up to before and behind it."""
@@ -70,19 +74,17 @@ class SpanFinder:
             "add {% generation %} markers to the chat template"
         )
 
-    def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """Move the end of a trained span to right behind the turn's end token."""
+    def _end_of_turn(self, text: str, start: int, end: int) -> int | None:
+        """Return where the end token ends that closes a trained span, None when there is none."""
         written = [match.end() for match in self._control.pattern.finditer(text, start, end)]
         if written and not text[written[-1] : end].strip():
             return written[-1]
         behind = self._control.pattern.match(text, end)
-        if behind:
-            return behind.end()
+        return behind.end() if behind else None
+
+    def _no_end(self, text: str, start: int, end: int) -> str:
         tail = self._control.show(text[max(start, end - CLIP) : end])
-        raise RowError(
-            "no_end_token",
-            f"the template puts no end token behind an answer ({tail!r}): the model would never learn to stop",
-        )
+        return f"the template puts no end token behind an answer ({tail!r}): the model would never learn to stop"
 
     def check_nothing_dropped(self, messages: Sequence[Message], tools: Tools, text: str) -> None:
         """Raise RowError `dropped_turn` when something that the row says is not in the rendered text."""
@@ -114,7 +116,7 @@ class SpanFinder:
 
 def _end_without_thought(prompt: str, answered: str, text: str) -> int | None:
     """Return where an answer ends in `text`, which has it without the thought that `answered` has in front of it."""
-    thought, found, rest = answered[len(prompt) :].rpartition(THOUGHT_ENDS)
+    _, found, rest = answered[len(prompt) :].rpartition(THOUGHT_ENDS)
     rest = rest.lstrip()
     start = len(text) - len(text[len(prompt) :].lstrip())
     if not found or not rest or not text.startswith(rest, start):
@@ -145,7 +147,7 @@ def _trial(messages: Sequence[Message]) -> tuple[list[Message], list[tuple[str, 
         wanted.append((content, turn))
         if number > last_question:  # of earlier turns a template may cut it
             wanted.append((reasoning, f"the reasoning of {turn}"))
-        trial.append(replace(message, content=content, reasoning=reasoning, tool_calls=tuple(calls)))
+        trial.append(message._replace(content=content, reasoning=reasoning, tool_calls=tuple(calls)))
     return trial, wanted
 
 

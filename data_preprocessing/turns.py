@@ -2,8 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass, replace
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 from .row_error import RowError
 
@@ -15,8 +15,7 @@ FOLLOWERS = {"system": ("user",), "user": ("assistant",), "assistant": ("user", 
 _UNENCODABLE = re.compile("[\0\ud800-\udfff]")
 
 
-@dataclass(frozen=True)
-class Message:
+class Message(NamedTuple):
     """One turn: `role` is system, user, assistant or tool.
 
     `tool_calls` are JSON values as chat templates take them, `reasoning` what an assistant thought before it
@@ -28,14 +27,14 @@ class Message:
     content: str
     tool_calls: tuple[dict[str, Any], ...] = ()
     reasoning: str = ""
-    loss: bool | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    loss: bool | None = None
 
     @property
     def is_plain(self) -> bool:
-        """Whether role and content say everything."""
-        return not (self.tool_calls or self.reasoning or self.name or self.tool_call_id)
+        """Whether role and content say everything that a template is told."""
+        return self[2:6] == ((), "", None, None)
 
     def for_template(self) -> dict[str, Any]:
         """Return the message as chat templates take it."""
@@ -62,7 +61,7 @@ def merged(messages: list[Message]) -> list[Message]:
                 raise RowError("turns", f"{message.role} turns that would be joined differ in loss")
             loss = before.loss if message.loss is None else message.loss
             reasoning = "\n".join(text for text in (before.reasoning, message.reasoning) if text)
-            joined[-1] = replace(message, content="\n".join(texts), reasoning=reasoning, loss=loss)
+            joined[-1] = message._replace(content="\n".join(texts), reasoning=reasoning, loss=loss)
         else:
             joined.append(message)
     return joined
@@ -70,23 +69,36 @@ def merged(messages: list[Message]) -> list[Message]:
 
 def check_turns(messages: list[Message]) -> None:
     """Check an optional system turn, then user and assistant in turns; results follow calls of tools."""
-    if not messages:
-        raise RowError("turns", "the conversation has no turns")
-    first = 1 if messages[0].role == "system" else 0
-    waiting = 0  # calls without a result
-    before = "system"
-    for number, message in enumerate(messages[first:], start=first + 1):
-        if message.role == "system":
-            raise RowError("turns", f"turn {number} is system; only the first may be")
-        if message.role not in FOLLOWERS[before]:
-            raise RowError("turns", _order_fault(number, first, before, message.role))
-        if message.role == "tool":
-            if not waiting:
-                raise RowError("turns", f"turn {number} is the result of a tool that no call in front of it asks for")
-            waiting -= 1
-        else:
-            waiting = len(message.tool_calls)
-        before = message.role
+    fault = _order_fault(tuple([(message.role, len(message.tool_calls)) for message in messages]))
+    if fault:
+        raise RowError("turns", fault)
+
+
+@lru_cache(4096)
+def _order_fault(turns: tuple[tuple[str, int], ...]) -> str:
+    """Return what is wrong with the order of (role, number of calls), "" for nothing."""
+    if not turns:
+        return "the conversation has no turns"
+    first = 1 if turns[0][0] == "system" else 0
+    before, waiting = "system", 0  # calls without a result
+    for number, (role, calls) in enumerate(turns[first:], start=first + 1):
+        if role == "system":
+            return f"turn {number} is system; only the first may be"
+        if role not in FOLLOWERS[before]:
+            return _follower_fault(number, first, before, role)
+        if role == "tool" and not waiting:
+            return f"turn {number} is the result of a tool that no call in front of it asks for"
+        waiting = waiting - 1 if role == "tool" else calls
+        before = role
+    return ""
+
+
+def _follower_fault(number: int, first: int, before: str, role: str) -> str:
+    if number == first + 1:
+        return f"turn {number} is {role}; the first turn behind the system one, if any, must be user"
+    if before == role:
+        return f"turns {number - 1} and {number} are both {role}; --merge-consecutive joins such turns"
+    return f"turn {number} is {role} behind {before}; {' or '.join(FOLLOWERS[before])} must follow"
 
 
 def check_answers(messages: list[Message]) -> None:
@@ -104,24 +116,26 @@ def check_prompt(messages: list[Message]) -> None:
         raise RowError("turns", f"turn {len(messages)}, the last of a prompt, is {messages[-1].role}; nothing is asked")
 
 
-def _order_fault(number: int, first: int, before: str, role: str) -> str:
-    if number == first + 1:
-        return f"turn {number} is {role}; the first turn behind the system one, if any, must be user"
-    if before == role:
-        return f"turns {number - 1} and {number} are both {role}; --merge-consecutive joins such turns"
-    return f"turn {number} is {role} behind {before}; {' or '.join(FOLLOWERS[before])} must follow"
-
-
 def text_of(value: Any, path: str) -> str:
     """Return a string that can be encoded; RowError `type` or `character` otherwise."""
     if not isinstance(value, str):
         raise RowError("type", f"{path} must be a string, it is {json_type(value)}")
-    if "\0" in value or (not value.isascii() and _UNENCODABLE.search(value)):
+    if not is_encodable(value):
         bad = _UNENCODABLE.search(value)
         assert bad is not None  # one of the two was seen
         kind = "a NUL character" if bad[0] == "\0" else f"half of a surrogate pair (U+{ord(bad[0]):04X})"
         raise RowError("character", f"{path} has {kind} at character {bad.start()}")
     return value
+
+
+def is_encodable(text: str) -> bool:
+    """Whether a text has neither a NUL nor half of a surrogate pair."""
+    if "\0" in text:
+        return False
+    try:
+        return text.isascii() or text.encode() is not None  # many times faster than looking for them
+    except UnicodeEncodeError:
+        return False
 
 
 def json_of(value: Any, path: str) -> Any:

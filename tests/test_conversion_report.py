@@ -179,11 +179,11 @@ def test_a_changed_tokenizer_is_named_but_stops_no_import(back, tmp_path):  # [2
     hf_to_mcore.convert(back, tmp_path / "again")
 
 
-def test_a_directory_without_a_record(hf):
-    with pytest.raises(
-        UsageError, match=r"has no conversion_report.json or manifest.json: name a directory to compare"
-    ):
-        verify_record(hf)
+def test_a_directory_without_a_record_or_without_hashes(hf, tmp_path):
+    hf_to_mcore.convert(hf, tmp_path / "mcore", verify=False)
+    for folder in (hf, tmp_path / "mcore"):
+        with pytest.raises(UsageError, match=r"has no conversion_report.json or manifest.json with hashes: name a"):
+            verify_record(folder)
 
 
 def test_a_step_of_training_is_held_against_its_manifest(mcore, tmp_path):  # [23]

@@ -16,9 +16,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 from data_world import NO_SHARED, SHARED, fuzzed_rows, talk, write_rows, write_tokenizer
 
 from data_preprocessing.build import BuildOptions, build
-from data_preprocessing.chat import tokenizer_fingerprint
 from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
 from data_preprocessing.inspect import show
+from data_preprocessing.tokenizer import tokenizer_fingerprint
 from toolkits.commands.data import data
 from toolkits.foundation.errors import DataError, UsageError, exit_code_of
 from toolkits.foundation.lock import locked
@@ -184,7 +184,7 @@ def test_a_killed_builder_leaves_the_old_dataset_whole(tmp_path, tokenizer):
     builder = subprocess.Popen([sys.executable, "-c", "from toolkits.cli import main; main()", *words], cwd=ROOT)
     unfinished = tmp_path / ".tmp-out_text_document" / "out_text_document.bin"
     with opened_for_writing(pipe, builder) as feed:
-        feed.write((json.dumps(talk("q", "a")) + "\n").encode() * 3000)
+        feed.write((json.dumps(talk("q", "a")) + "\n").encode() * 6000)
         feed.flush()
         deadline = time.monotonic() + 60
         while not (unfinished.exists() and unfinished.stat().st_size):
@@ -267,8 +267,10 @@ def test_the_command_reports_and_shows(tmp_path, tokenizer):
     words = ["build", source, tmp_path / "out", "--tokenizer", tokenizer, "--on-bad-row", "skip", "--max-bad", "5%"]
     code, out, err = command(*words)
     assert (code, err.split(":")[0]) == (0, "building")
+    size = f"{source.stat().st_size / 1000:.1f} kB"
+    assert f"building: {size}/{size}, in " in err and " rows/s" in err
     assert "read      rows.txt: JSONL, 32 rows, messages 31\n" in out
-    assert "template  chat_template.jinja\n" in out
+    assert "template  chat_template.jinja, conversations\n" in out
     assert "rows      31, the longest has" in out
     assert "accepted  CRLF lines 32, blank lines 1\n" in out
     assert "1 control-token texts in 1 rows: kept as plain text" in out
@@ -297,9 +299,3 @@ def test_the_real_samples_build(tmp_path, language, rows):
     manifest = build(source, tmp_path / "out", tokenizer=SHARED / "qwen2_tokenizer")
     assert manifest["counts"]["rows"] == manifest["input"]["rows"] == rows
     assert manifest["input"]["layouts"] == {"alpaca": rows}
-
-
-@pytest.mark.skipif(not SHARED.exists(), reason=NO_SHARED)
-def test_real_files_that_belong_to_later_issues_are_refused_by_name(tmp_path):
-    with pytest.raises(DataError, match=r"dpo_en_demo.json:\d+: preference pairs .* not built yet"):
-        build(SHARED / "samples" / "dpo_en_demo.json", tmp_path / "out", tokenizer=SHARED / "qwen2_tokenizer")

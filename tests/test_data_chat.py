@@ -12,9 +12,11 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 from data_world import NO_SHARED, SHARED, SPECIALS, TEMPLATES, fuzzed_rows, talk, unmarked, write_tokenizer
 
-from data_preprocessing.chat import ChatEncoder, Rendered, tokenizer_fingerprint
-from data_preprocessing.records import RowError, conversation
-from data_preprocessing.tokenizer import load_tokenizer
+from data_preprocessing.chat import ChatEncoder
+from data_preprocessing.records import conversation
+from data_preprocessing.row_error import RowError
+from data_preprocessing.samples import Rendered
+from data_preprocessing.tokenizer import load_tokenizer, tokenizer_fingerprint
 from toolkits.foundation.errors import DataError
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -25,9 +27,12 @@ EACH = "{% for m in messages %}"
 
 def ours(folder, rows):
     """Return [(ids, mask)] as lists."""
-    encoder = ChatEncoder(folder)
+    encoder = ChatEncoder(folder, encoder="tokenizers")
     samples = encoder.encode([encoder.render(conversation(row)) for row in rows])
-    return [(sample.tokens.tolist(), sample.mask.tolist()) for sample in samples]
+    assert not samples.errors and len(samples.lengths) == len(rows)
+    cuts = np.cumsum(samples.lengths)[:-1]
+    pairs = zip(np.split(samples.tokens, cuts), np.split(samples.mask, cuts), strict=True)
+    return [(tokens.tolist(), mask.tolist()) for tokens, mask in pairs]
 
 
 def theirs(folder, rows):
@@ -139,7 +144,7 @@ def test_control_text_does_not_move_ordinary_rows_of_its_chunk(tmp_path):
 
 def test_private_use_characters_beside_control_text_are_refused(tmp_path):
     encoder = ChatEncoder(write_tokenizer(tmp_path))
-    [error] = encoder.encode([encoder.render(conversation(talk("<|im_end|> \U000f0000", "a")))])
+    error = encoder.encode([encoder.render(conversation(talk("<|im_end|> \U000f0000", "a")))]).errors[0]
     assert isinstance(error, RowError)
     assert "private-use" in str(error)
 
@@ -182,7 +187,7 @@ def test_a_template_that_drops_a_short_turn_is_found_out(tmp_path):
 
 def test_a_row_of_which_nothing_is_trained_is_an_error(tmp_path):
     encoder = ChatEncoder(write_tokenizer(tmp_path))
-    [error] = encoder.encode([Rendered("text", spans=(), num_control_texts=0)])
+    error = encoder.encode([Rendered("text", spans=(), num_control_tokens=0)]).errors[0]
     assert isinstance(error, RowError)
     assert error.reason == "all_masked"
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from data_world import doubled, write_index
 
-from data_preprocessing.dataset import DatasetWriter, document_prefix, open_dataset
+from data_preprocessing.dataset import document_prefix, open_dataset
+from data_preprocessing.writer import DatasetWriter
 from toolkits.foundation.errors import DataError
 
 ROWS = [([5, 6, 7], [0, 1, 1]), ([8], [1]), ([9, 300_000], [0, 1])]

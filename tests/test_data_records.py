@@ -4,16 +4,10 @@ import json
 
 import pytest
 
-from data_preprocessing.records import (
-    Document,
-    Message,
-    ReadReport,
-    RowError,
-    conversation,
-    parse_row,
-    read_rows,
-    record,
-)
+from data_preprocessing.reading import ReadReport, parse_row, read_rows
+from data_preprocessing.records import Document, conversation, record
+from data_preprocessing.row_error import RowError
+from data_preprocessing.turns import Message
 from toolkits.foundation.errors import DataError, UsageError
 
 ALPACA = {"instruction": "问", "output": "答"}
@@ -163,9 +157,8 @@ def chat(*pairs):
         (
             {"prompt": "p"},
             "layout",
-            "expected one of the keys messages, conversations, instruction, text; found prompt",
+            "expected one of the keys messages, conversations, instruction, prompt and completion, text; found prompt",
         ),
-        ({"conversations": [], "chosen": {}, "rejected": {}}, "layout", "preference pairs .* not built yet"),
         ({"instruction": "q"}, "type", "output is missing"),
         ({**ALPACA, "output": None}, "type", "output must be a string, it is null"),
         ({**ALPACA, "history": [["q"]]}, "type", r"history\[0\] must be \[question, answer\]"),
@@ -186,9 +179,6 @@ def chat(*pairs):
         (chat(("critic", "q")), "role", r"messages\[0\].role is 'critic'; known roles: system, user, human"),
         ({"messages": [{"content": "q"}]}, "role", r"messages\[0\].role is missing; known roles"),
         ({"conversations": [{"from": 3, "value": "q"}]}, "role", r"conversations\[0\].from is 3; known roles"),
-        ({"conversations": [{"from": "observation", "value": "q"}]}, "tools", "tool turns are not built yet"),
-        ({"messages": [{"role": "assistant", "content": None, "tool_calls": [1]}]}, "tools", "tool_calls.*not built"),
-        ({**ALPACA, "tools": "[{}]"}, "tools", "tools are not built yet"),
         (chat(), "turns", "has no turns"),
         (chat(("user", "a"), ("user", "b"), ("assistant", "c")), "turns", "turns 1 and 2 are both user; --merge-con"),
         (chat(("user", "a"), ("assistant", "b"), ("assistant", "c")), "turns", "turns 2 and 3 are both assistant"),

@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from data_world import NO_SHARED, SHARED, fuzzed_rows, talk, write_rows, write_tokenizer
 
-from data_preprocessing import build as module
+from data_preprocessing import chunks as module
 from data_preprocessing.build import BuildOptions, build
 from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
 from data_preprocessing.text import TextEncoder

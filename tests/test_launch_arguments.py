@@ -202,7 +202,7 @@ def test_a_family_has_a_launcher_or_does_not_train() -> None:
 
 
 def test_the_wrong_launcher_for_a_checkpoint_names_the_right_one() -> None:
-    with pytest.raises(UsageError, match=r"is a qwen2, run_mcore_qwen3\.sh is for qwen3 and qwen3_moe: use run_mcore":
+    with pytest.raises(UsageError, match=r"is a qwen2, run_mcore_qwen3\.sh is for qwen3 and qwen3_moe: use run_mcore"):
         check_call(LAUNCHERS["qwen3"], [*SEED_LINE[:12], "1", "1", *SEED_LINE[12:]], {})
     with pytest.raises(UsageError, match="EP=2 needs a model with experts"):
         check_call(LAUNCHERS["qwen2"], [*SEED_LINE[:12], "2", *SEED_LINE[12:]], {"NPROC_PER_NODE": "2"})

@@ -6,7 +6,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from data_preprocessing.records import ReadReport, conversation, parse_row, read_rows
+from data_preprocessing.reading import ReadReport, parse_row, read_rows
+from data_preprocessing.records import conversation
 
 
 @dataclass(frozen=True)

@@ -140,8 +140,8 @@ def _rows(chosen: Sequence[Selection], data: DataSettings, weights: Sequence[int
 def _require_kind(dataset: Dataset, data: DataSettings) -> None:
     if dataset.kind not in ("conversations", "text"):
         raise DataError(
-            f"{dataset.path} holds {dataset.kind}, and this objective reads conversations or plain text; build it again "
-            "from rows with an answer, and without chosen, rejected and label"
+            f"{dataset.path} holds {dataset.kind}, and this objective reads conversations or plain text; build it "
+            "again from rows with an answer, and without chosen, rejected and label"
         )
     if dataset.kind == "text" and data.rows == "conversations":
         raise DataError(

@@ -1,0 +1,231 @@
+"""A chunk of rows -> tokens and masks: what a build does to each chunk, in whatever process.
+
+prepare    JSON -> record -> rendered text (Python, one row at a time)
+finish     texts -> tokens and masks (arrays, all rows at once)
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from toolkits.foundation.errors import UsageError
+
+from .chat import ChatEncoder, TrainOn
+from .dataset import Kind
+from .encoders import EncoderName
+from .reading import Row, parse_row
+from .records import Conversation, Document, Labelled, Preference, Prompt, Record, record
+from .row_error import RowError
+from .samples import Rendered, Samples
+from .text import TextEncoder
+
+CHARACTERS_AT_ONCE = 1 << 20  # of a chunk's rows as they stand in the file: a few long documents are a chunk too
+
+KIND_OF: Mapping[type, Kind] = {
+    Conversation: "conversations",
+    Document: "text",
+    Preference: "preferences",
+    Labelled: "labelled",
+    Prompt: "prompts",
+}
+ONE_OF: Mapping[Kind, tuple[str, str]] = {
+    "conversations": ("a conversation", "conversations"),
+    "text": ("plain text", "plain texts"),
+    "preferences": ("a preference pair", "preference pairs"),
+    "labelled": ("a labelled answer", "labelled answers"),
+    "prompts": ("a prompt", "prompts"),
+}
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How a build treats its input."""
+
+    on_bad_row: Literal["stop", "skip"] = "stop"
+    max_bad: float = 0.01  # with skip: the fraction of rows that may be bad
+    encoding: str = "utf-8"
+    merge_consecutive: bool = False  # join neighbouring turns of one role instead of refusing them
+    end_token: str | None = None  # behind each plain text; None: the tokenizer's own
+    train_on: TrainOn = "all"  # which answers of conversations
+    columns: tuple[tuple[str, str], ...] = ()  # (our name, the rows' name) of a key
+    encoder: EncoderName = "auto"  # changes the speed, never the result, as the three below
+    workers: int = 1  # processes; with one, the encoder's own threads work beside Python
+    chunk_rows: int = 512  # rows that the encoder gets at once: more need more memory
+    save_seconds: float = 10.0  # between two points from which a killed build can go on
+
+
+class Chunk(NamedTuple):
+    """Rows that go through a build together; `first` counts the input's rows in front of them."""
+
+    first: int
+    rows: Sequence[Row]
+
+
+@dataclass
+class Prepared:
+    """A chunk's rendered rows: `groups` holds for each record the row it came from and what is known of it."""
+
+    chunk: Chunk
+    rendered: list[Rendered] = field(default_factory=list)
+    groups: list[tuple[int, bytes]] = field(default_factory=list)
+    rejects: list[tuple[Row, RowError]] = field(default_factory=list)
+    layouts: Counter[str] = field(default_factory=Counter)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A chunk's samples, flat: `tokens` int32, `mask` uint8, `lengths` [rows], `about` a line of JSON for each row."""
+
+    num_rows: int
+    tokens: np.ndarray
+    mask: np.ndarray
+    lengths: np.ndarray
+    about: bytes
+    rejects: list[tuple[Row, RowError]]
+    layouts: Counter[str]
+    control_texts: int
+    rows_with_control_text: int
+
+
+def chunks_of(rows: Iterable[Row], *, first: int, chunk_rows: int) -> Iterator[Chunk]:
+    """Yield rows in chunks; `first` rows came before them."""
+    gathered: list[Row] = []
+    size = 0
+    for row in rows:
+        gathered.append(row)
+        size += len(row.data) if isinstance(row.data, bytes) else len(str(row.data))
+        if len(gathered) == chunk_rows or size >= CHARACTERS_AT_ONCE:
+            yield Chunk(first, gathered)
+            first, gathered, size = first + len(gathered), [], 0
+    if gathered:
+        yield Chunk(first, gathered)
+
+
+class ChunkWork:
+    """What is done to the chunks of a build whose rows are of one kind."""
+
+    def __init__(self, kind: Kind, tokenizer: Path, options: BuildOptions) -> None:
+        self.kind, self.options, self._is_single = kind, options, kind in ("conversations", "text")
+        self.encoder: ChatEncoder | TextEncoder
+        if kind == "text":
+            self.encoder = TextEncoder(tokenizer, encoder=options.encoder, end_token=options.end_token)
+            return
+        if options.end_token is not None:
+            raise UsageError("--end-token is for plain text; a chat template ends the turns of conversations itself")
+        if kind in ("preferences", "prompts") and options.train_on != "all":
+            raise UsageError(
+                f"--train-on {options.train_on} is for conversations; {ONE_OF[kind][1]} have their own rule"
+            )
+        self.encoder = ChatEncoder(
+            tokenizer, encoder=options.encoder, train_on=options.train_on, may_be_untrained=kind == "prompts"
+        )
+
+    def __call__(self, chunk: Chunk) -> Finished:
+        return self.finish(self.prepare(chunk))
+
+    def prepare(self, chunk: Chunk) -> Prepared:
+        """Parse, check and render the rows of a chunk."""
+        done = Prepared(chunk)
+        for index, row in enumerate(chunk.rows):
+            try:
+                found = self.record(row)
+                done.layouts[found.layout] += 1
+                rendered, about = self._render(found)
+            except RowError as error:
+                done.rejects.append((row, error))
+                continue
+            done.rendered += rendered
+            done.groups.append((index, about))
+        return done
+
+    def record(self, row: Row) -> Record:
+        """Return the record of a row; RowError when it is none, or of another kind."""
+        found = read_record(row, self.options)
+        kind = KIND_OF[type(found)]
+        if kind != self.kind:
+            said = f"{ONE_OF[kind][0]} in a file of {ONE_OF[self.kind][1]}; a dataset holds one of them"
+            raise RowError("mixed", f"{said}: build each from a file of its own")
+        return found
+
+    def finish(self, done: Prepared) -> Finished:
+        """Encode the rendered rows of a chunk."""
+        samples = self.encoder.encode(done.rendered)
+        size = 2 if self.kind == "preferences" else 1
+        samples, failed = _without_failed_groups(samples, size)
+        rows = done.chunk.rows
+        rejects = done.rejects + [(rows[done.groups[group][0]], error) for group, error in failed.items()]
+        places = {id(row): place for place, row in enumerate(rows)}
+        rejects.sort(key=lambda reject: places[id(reject[0])])
+        about = b"".join(line for group, (_, line) in enumerate(done.groups) if group not in failed)
+        hidden = [rendered.num_control_texts for rendered in done.rendered]
+        return Finished(
+            num_rows=len(rows),
+            tokens=samples.tokens,
+            mask=samples.mask,
+            lengths=samples.lengths[samples.lengths > 0],
+            about=about,
+            rejects=rejects,
+            layouts=done.layouts,
+            control_texts=sum(hidden),
+            rows_with_control_text=sum(count > 0 for count in hidden),
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Return what the manifest says of the encoding."""
+        return {**self.encoder.about(), "kind": self.kind}
+
+    def _render(self, found: Record) -> tuple[list[Rendered], bytes]:
+        """Return the rows that a record becomes, and the line that .about gets."""
+        if self._is_single:
+            return [self.encoder.render(found)], b""  # type: ignore[arg-type]  # `record` keeps to one kind
+        match found:
+            case Preference():
+                pair = (found.chosen, found.rejected)
+                return [self._render_answer(one, found.num_shared) for one in pair], b""
+            case Labelled():
+                assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
+                return [self.encoder.render(found.conversation)], _line({"label": found.label})
+            case Prompt():
+                assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
+                return [self.encoder.render_prompt(found.conversation)], _line(found.about)
+        raise AssertionError(f"a record of kind {self.kind}")
+
+    def _render_answer(self, conversation: Conversation, num_shared: int) -> Rendered:
+        """Render one side of a pair, of which the answers behind the shared turns are trained."""
+        assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
+        turns = enumerate(conversation.messages)
+        trained = [turn >= num_shared and message.role == "assistant" for turn, message in turns]
+        return self.encoder.render(conversation, trained=trained)
+
+
+def read_record(row: Row, options: BuildOptions) -> Record:
+    """Return the record of a row, whatever its kind."""
+    value = parse_row(row, encoding=options.encoding)
+    return record(value, merge_consecutive=options.merge_consecutive, columns=options.columns)
+
+
+def _line(value: dict[str, Any]) -> bytes:
+    try:
+        return json.dumps(value, ensure_ascii=False, default=str).encode() + b"\n"
+    except UnicodeEncodeError:
+        raise RowError("character", "the row has half of a surrogate pair beside its prompt") from None
+
+
+def _without_failed_groups(samples: Samples, size: int) -> tuple[Samples, dict[int, RowError]]:
+    """Return the samples without the groups of `size` rows of which one went wrong, and the errors by group."""
+    failed: dict[int, RowError] = {}
+    for number in sorted(samples.errors):
+        failed.setdefault(number // size, samples.errors[number])
+    if size == 1 or not failed:
+        return samples, failed
+    kept = np.ones(len(samples.lengths), bool)
+    for group in failed:
+        kept[group * size : (group + 1) * size] = False
+    of_kept = np.repeat(kept, samples.lengths)
+    lengths = np.where(kept, samples.lengths, 0)
+    return Samples(samples.tokens[of_kept], samples.mask[of_kept], lengths, samples.errors), failed

@@ -1,0 +1,131 @@
+"""The chunks of a build, worked on by this process or by others, and handed back in order."""
+
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from toolkits.foundation.errors import DataError, TemperError, describe
+
+from .chunks import BuildOptions, Chunk, ChunkWork, Finished
+from .dataset import Kind
+
+AHEAD = 1  # chunks that wait for the encoder
+
+
+def finished_chunks(
+    chunks: Iterator[Chunk], work: ChunkWork, kind: Kind, tokenizer: Path, options: BuildOptions
+) -> Iterator[Finished]:
+    """Yield what becomes of each chunk, in order; `options.workers` says in how many processes."""
+    if options.workers == 1:
+        return _beside_the_encoder(chunks, work)
+    return _in_processes(chunks, kind, tokenizer, options)
+
+
+def _beside_the_encoder(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finished]:
+    """Prepare the next chunk while the encoder, which needs no Python, works on those before."""
+    waiting: deque[Future[Finished]] = deque()
+    with ThreadPoolExecutor(1) as encoder:
+        try:
+            for chunk in chunks:
+                waiting.append(encoder.submit(work.finish, work.prepare(chunk)))
+                if len(waiting) > AHEAD:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for future in waiting:
+                future.cancel()
+
+
+def _in_processes(chunks: Iterator[Chunk], kind: Kind, tokenizer: Path, options: BuildOptions) -> Iterator[Finished]:
+    """Give each process a chunk in turn; it gets its next one when it has handed the last one back."""
+    workers = [_Worker(number, kind, tokenizer, options) for number in range(options.workers)]
+    order: deque[_Worker] = deque()
+    try:
+        for chunk in chunks:
+            if len(order) < len(workers):
+                worker, done = workers[len(order)], None
+            else:
+                worker = order.popleft()
+                done = worker.receive()
+            worker.send(chunk)
+            order.append(worker)
+            if done is not None:
+                yield done
+        while order:
+            yield order.popleft().receive()
+    finally:
+        for worker in workers:
+            worker.end()
+
+
+class _Worker:
+    """A process with a tokenizer of its own."""
+
+    def __init__(self, number: int, kind: Kind, tokenizer: Path, options: BuildOptions) -> None:
+        # Not forked: the encoders' threads do not survive that.
+        context = get_context("spawn")
+        self._pipe, theirs = context.Pipe()
+        threads = max(1, (os.cpu_count() or 1) // options.workers)
+        words = (theirs, kind, tokenizer, options, threads)
+        self._process = context.Process(target=_serve, args=words, name=f"worker {number}", daemon=True)
+        self._process.start()
+        theirs.close()
+        self._first = self._last = 0
+
+    def send(self, chunk: Chunk) -> None:
+        """Give the process its next chunk."""
+        self._first, self._last = chunk.first, chunk.first + len(chunk.rows) - 1
+        self._call(lambda: self._pipe.send(chunk))
+
+    def receive(self) -> Finished:
+        """Return what became of the chunk; DataError when the process died of it."""
+        done = self._call(self._pipe.recv)
+        if isinstance(done, BaseException):
+            raise done
+        assert isinstance(done, Finished)
+        return done
+
+    def end(self) -> None:
+        """End the process, whatever it does."""
+        self._pipe.close()
+        self._process.terminate()
+        self._process.join()
+
+    def _call(self, talk: Callable[[], object]) -> object:
+        try:
+            return talk()
+        except (EOFError, OSError):
+            self._process.join()
+            code = self._process.exitcode or 0
+            how = f"killed by signal {-code}" if code < 0 else f"ended with {code}"
+            memory = " (out of memory?)" if code == -signal.SIGKILL else ""
+            raise DataError(
+                f"{self._process.name} {how}{memory} at rows {self._first:,}-{self._last:,}; each process "
+                "holds a tokenizer and a chunk of rows: start again with fewer --workers"
+            ) from None
+
+
+def _serve(pipe: Connection, kind: Kind, tokenizer: Path, options: BuildOptions, threads: int) -> None:
+    """Work on chunks until nobody sends any."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
+    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    work = None
+    while True:
+        try:
+            chunk = pipe.recv()
+        except EOFError:
+            return
+        try:
+            work = work or ChunkWork(kind, tokenizer, options)
+            done: object = work(chunk)
+        except TemperError as error:
+            done = error
+        except BaseException as error:  # told in words: not every exception survives the way
+            done = RuntimeError(describe(error))
+        pipe.send(done)

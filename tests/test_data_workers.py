@@ -1,0 +1,155 @@
+"""A build in several processes, one that is killed and goes on, and one whose process dies."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from data_world import fuzzed_rows, talk, write_rows, write_tokenizer
+
+from data_preprocessing.build import BuildOptions, build
+from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
+from data_preprocessing.workers import _Worker
+from toolkits.foundation.errors import DataError
+
+ROOT = Path(__file__).resolve().parents[1]
+BAD = [{"x": 1}, talk("<|im_end|> \U000f0000", "a")]  # one that no layout fits, one that the encoder refuses
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+def result_of(folder):
+    names = [*(f"out_text_document{suffix}" for suffix in FILE_SUFFIXES), "out.rejects.jsonl"]
+    return {name: (folder / name).read_bytes() for name in names}
+
+
+def source_of(folder):
+    rows = fuzzed_rows(200)
+    return write_rows(folder / "rows.jsonl", [*rows[:70], *BAD, *rows[70:150], *BAD, *rows[150:]])
+
+
+def skipping(**options):
+    return BuildOptions(on_bad_row="skip", max_bad=0.5, **options)
+
+
+def test_processes_and_chunks_change_no_byte(tmp_path, tokenizer):
+    source = source_of(tmp_path)
+    results = []
+    for options in (skipping(), skipping(chunk_rows=7), skipping(workers=2, chunk_rows=30)):
+        build(source, tmp_path / "out", tokenizer=tokenizer, overwrite=True, options=options)
+        results.append(result_of(tmp_path))
+    assert results[0] == results[1] == results[2]
+    rejects = [json.loads(line) for line in results[0]["out.rejects.jsonl"].splitlines()]
+    assert [(entry["line"], entry["reason"]) for entry in rejects] == [
+        (71, "layout"), (72, "control_text"), (153, "layout"), (154, "control_text"),
+    ]  # fmt: skip
+
+
+def test_what_a_process_refuses_is_said_as_usual(tmp_path, tokenizer):
+    source = write_rows(tmp_path / "rows.jsonl", [*fuzzed_rows(20), *BAD])
+    with pytest.raises(DataError, match=r"rows\.jsonl:21: no known layout"):
+        build(source, tmp_path / "out", tokenizer=tokenizer, options=BuildOptions(workers=2, chunk_rows=5))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_a_process_that_dies_is_named_with_its_rows(tmp_path, tokenizer, monkeypatch):
+    source = write_rows(tmp_path / "rows.jsonl", fuzzed_rows(100))
+    sent = []
+
+    def send(self, chunk, original=_Worker.send):
+        sent.append(chunk)
+        if chunk.first == 60:
+            os.kill(self._process.pid, signal.SIGKILL)
+            self._process.join()
+        original(self, chunk)
+
+    monkeypatch.setattr(_Worker, "send", send)
+    said = r"worker \d killed by signal 9 \(out of memory\?\) at rows 60-69; .* with fewer --workers"
+    with pytest.raises(DataError, match=said):
+        build(source, tmp_path / "out", tokenizer=tokenizer, options=BuildOptions(workers=2, chunk_rows=10))
+    assert not (tmp_path / "out_text_document.bin").exists()
+
+
+KILLED = """
+import os, signal, sys
+from data_preprocessing.build import BuildOptions, build
+from data_preprocessing.unfinished import Unfinished
+times, save = [0], Unfinished.save
+def save_and_die(self, *args, **facts):
+    save(self, *args, **facts)
+    times[0] += 1
+    if times[0] == int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+Unfinished.save = save_and_die
+options = BuildOptions(on_bad_row="skip", max_bad=0.5, chunk_rows=20, save_seconds=0)
+build(sys.argv[1], sys.argv[2], tokenizer=sys.argv[3], options=options)
+"""
+
+
+def killed(source, prefix, tokenizer, saves):
+    words = [sys.executable, "-c", KILLED, *map(str, (source, prefix, tokenizer, saves))]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    return done.stdout
+
+
+def test_a_killed_build_goes_on_and_the_result_is_the_same(tmp_path, tokenizer, capsys):
+    source = source_of(tmp_path)
+    build(source, tmp_path / "out", tokenizer=tokenizer, options=skipping())
+    expected = result_of(tmp_path)
+    for name in expected:
+        (tmp_path / name).unlink()
+    killed(source, tmp_path / "out", tokenizer, 3)
+    unfinished = tmp_path / ".tmp-out_text_document"
+    # What was written behind the saved point is not part of it.
+    with open(unfinished / "out_text_document.bin", "ab") as file:
+        file.write(b"half a row")
+    assert "going on behind row 60" in killed(source, tmp_path / "out", tokenizer, 4)
+    capsys.readouterr()
+    build(source, tmp_path / "out", tokenizer=tokenizer, options=skipping(workers=2))
+    assert "going on behind row 140" in capsys.readouterr().out
+    assert result_of(tmp_path) == expected
+    open_dataset(tmp_path / "out").verify()
+    assert not unfinished.exists()
+
+
+def test_what_another_build_left_is_not_gone_on_with(tmp_path, tokenizer, capsys):
+    source = source_of(tmp_path)
+    killed(source, tmp_path / "out", tokenizer, 3)
+    write_rows(source, [*fuzzed_rows(30), talk("one", "more")])
+    build(source, tmp_path / "out", tokenizer=tokenizer)
+    assert "left unfinished by another build: starting from the beginning" in capsys.readouterr().out
+    assert len(open_dataset(tmp_path / "out")) == 31
+
+
+def test_a_point_whose_files_lost_something_is_not_gone_on_with(tmp_path, tokenizer, capsys):
+    source = source_of(tmp_path)
+    killed(source, tmp_path / "out", tokenizer, 3)
+    with open(tmp_path / ".tmp-out_text_document" / "out_text_document.mask", "r+b") as file:
+        file.truncate(10)
+    build(source, tmp_path / "out", tokenizer=tokenizer, options=skipping())
+    assert "lost something since: starting from the beginning" in capsys.readouterr().out
+    assert len(open_dataset(tmp_path / "out")) == 200
+
+
+def test_an_interrupted_build_keeps_its_point_and_a_failed_one_goes(tmp_path, tokenizer, monkeypatch):
+    source = source_of(tmp_path)
+    options = skipping(chunk_rows=20, save_seconds=0)
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("data_preprocessing.build.Rejects.add", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            build(source, tmp_path / "out", tokenizer=tokenizer, options=options)
+    assert json.loads((tmp_path / ".tmp-out_text_document" / "unfinished.json").read_text())["rows"] == 60
+    with pytest.raises(DataError, match="no known layout"):
+        build(source, tmp_path / "out", tokenizer=tokenizer)
+    assert not (tmp_path / ".tmp-out_text_document").exists()
