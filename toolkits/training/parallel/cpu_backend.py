@@ -84,6 +84,8 @@ def install() -> None:
     tensor, module = torch.Tensor, torch.nn.Module
     tensor.cuda = tensor.pin_memory = lambda self, *args, **kwargs: self  # type: ignore[assignment]
     module.cuda = lambda self, *args, **kwargs: self  # type: ignore[assignment]
+    # megatron-core compiles some functions of its experts: a CPU rank needs no C++ compiler, and its results none.
+    torch.compiler.set_stance("force_eager")
     _keep_random_states_on_cpu()
     _CudaMeansCpu().__enter__()  # for the life of the process
 
