@@ -37,6 +37,14 @@ LAYOUTS = {
     "glm": {"pp2": {"pipeline_parallel": 2}},
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
+# One for each mechanism; the rest are with the long tests.
+QUICK = [
+    ("qwen2-moe", "tp2-ep2"),
+    ("qwen3-moe-mixed", "pp2"),
+    ("mixtral", "ep2-plain"),
+    ("deepseek-v3", "tp2"),
+    ("deepseek-v3", "cp2"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +83,18 @@ def alone(inputs, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def layouts(inputs, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("layouts")
+    return run_pairs(inputs, tmp_path_factory.mktemp("layouts"), QUICK)
+
+
+@pytest.fixture(scope="module")
+def more_layouts(inputs, tmp_path_factory):
+    return run_pairs(inputs, tmp_path_factory.mktemp("more"), [pair for pair in PAIRS if pair not in QUICK])
+
+
+def run_pairs(inputs, folder, pairs):
     cases = {
         f"{name}-{layout}": case(inputs, folder / f"{name}-{layout}", name, **LAYOUTS[name][layout])
-        for name, layout in PAIRS
+        for name, layout in pairs
     }
     return run_cases(folder / "world", 2, cases)
 
@@ -128,9 +144,18 @@ def test_twenty_steps_equal_a_plain_transformers_loop(inputs, alone, name):
     assert expected[-1] < expected[0] - 0.3, "nothing was learned: the comparison would prove little"
 
 
-@pytest.mark.parametrize(("name", "layout"), PAIRS)
-def test_another_layout_trains_the_same_model(alone, layouts, name, layout):
-    found, expected = layouts[f"{name}-{layout}"], alone[name]
+def same(found, expected):
     assert losses(found) == pytest.approx(losses(expected), abs=1e-4)
     norms = [[step["grad_norm"] for step in history] for history in (found, expected)]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+
+
+@pytest.mark.parametrize(("name", "layout"), QUICK)
+def test_another_layout_trains_the_same_model(alone, layouts, name, layout):
+    same(layouts[f"{name}-{layout}"], alone[name])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("name", "layout"), [pair for pair in PAIRS if pair not in QUICK])
+def test_other_layouts_train_the_same_models(alone, more_layouts, name, layout):
+    same(more_layouts[f"{name}-{layout}"], alone[name])
