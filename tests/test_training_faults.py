@@ -210,7 +210,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(inputs, tmp_path):
     code, out, err = finished(start(words))
     assert code == 7, (out, err)
     assert re.search(r"step \d+: the (loss|gradient norm) is (nan|inf)", err)
-    assert "Rows of this batch: " in err
+    assert re.search(r"; rows \d+(, \d+)*, written to \S*not-finite-step-\d+\.json", err)
     (log,) = (tmp_path / "out" / "log").iterdir()
     assert "NumericsError" in log.read_text(), "the traceback is in the log, not on the screen"
     assert "Traceback" not in err
