@@ -1,6 +1,6 @@
 """The only door through which the pickles of a checkpoint come in. Nothing in them ever runs.
 
-A torch_dist directory is executable content: torch reads `.metadata` with bare `pickle.load`, and byte
+A torch_dist directory is executable content: torch unpickles `.metadata` and does what it says, and byte
 objects and `common.pt` in ways that an environment variable can make as trusting. Here a pickle may name
 only what is on an exact list (`unpickler.py`), and even that is never imported.
 `scan_directory` does the same for a directory that Megatron-core or torch will open afterwards.
@@ -242,7 +242,7 @@ def scan_directory(step: Path) -> None:
 
     Looks at `.metadata`, at `common.pt` and every other .pt file, and at each tensor and byte object of the
     .distcp files. Call it before anything of torch or Megatron-core opens the folder. Raises CheckpointError
-    ("refusing executable content in FILE: it asks for os.system"); nothing has run by then.
+    ("refusing executable content in FILE: it asks for NAME"); nothing has run by then.
     """
     step = Path(step)
     metadata = read_metadata(step)

@@ -141,7 +141,7 @@ class _Unpickler(_InPython):
         if asked in _VALUES and "." not in name:
             return _VALUES[asked]
         if asked not in _RECORDS or "." in name:
-            # Pickle names os.system by the module that implements it.
+            # Pickle names a function of os by the module that implements it; users know it as one of os.
             raise _Refused(f"os.{name}" if module in ("posix", "nt") else asked)
         if asked not in self._kinds:
             self._kinds[asked] = type(name, (Record,), {"name": asked})

@@ -54,7 +54,7 @@ def _dataset(source: Path, *, tokenizer: Path, folder: Path, build: bool) -> Pat
         return prefix
     from data_preprocessing.build import build as build_dataset
 
-    from ..commands.data import report
+    from ..commands.data_build import report
 
     folder.mkdir(parents=True, exist_ok=True)
     manifest = build_dataset(source, prefix, tokenizer=tokenizer)
