@@ -8,7 +8,6 @@ import click
 from .commands.lazy import LazyGroup
 from .foundation.errors import TRACEBACK_VARIABLE, run_guarded
 
-
 COMMANDS = {
     "convert": ("toolkits.commands.convert", "convert", "HuggingFace checkpoints to and from Megatron-core."),
     "data": ("toolkits.commands.data", "data", "Build a dataset and look at its rows."),
