@@ -72,15 +72,14 @@ def build(
     PREFIX.rejects.jsonl when `options` skip them. A build that was killed goes on where it was. Raises DataError for
     bad input, UsageError when the dataset exists or another process is building it.
     """
-    _return_memory_early()
+    return_memory_early()
     sources = find_inputs([input] if isinstance(input, str | Path) else input)
     options, tokenizer, target = options or BuildOptions(), Path(tokenizer), document_prefix(Path(prefix))
     report = ReadReport()
-    kind, rows = _kind_of(read_files(sources, report, encoding=options.encoding), options)
+    kind, rows = kind_of(read_files(sources, report, encoding=options.encoding), options)
     if kind is None:
         _refuse_all(sources, target, rows, options)
-    if options.encoder == "auto" and (_bytes_of(sources) or SMALL) < SMALL:
-        options = replace(options, encoder="tokenizers")
+    options = with_encoder(options, sources)
     work = ChunkWork(kind, tokenizer, options)
     suffixes, job = file_suffixes(kind), _job(sources, work)
     unfinished = Unfinished(job, rejects_path(target), seconds=options.save_seconds)
@@ -108,7 +107,7 @@ class _Run:
         state, tally, options = self._state or {}, self.tally, self._options
         skip, path = options.on_bad_row == "skip", rejects_path(self._target)
         rejects = Rejects(self._sources, path, skip=skip, state=state.get("rejects"))
-        before, begun, total = tally.rows, time.monotonic(), _bytes_of(self._sources)
+        before, begun, total = tally.rows, time.monotonic(), bytes_of(self._sources)
         with (
             rejects,
             DatasetWriter(self._folder, self._target.name, state=state.get("writer")) as writer,
@@ -141,7 +140,7 @@ class _Run:
         )
 
 
-def _kind_of(rows: Iterator[Row], options: BuildOptions) -> tuple[Kind | None, Iterator[Row]]:
+def kind_of(rows: Iterator[Row], options: BuildOptions) -> tuple[Kind | None, Iterator[Row]]:
     """Return which kind the first good row is of, and all rows again; None when a bad one stops the build first."""
     seen = []
     for row in rows:
@@ -152,6 +151,13 @@ def _kind_of(rows: Iterator[Row], options: BuildOptions) -> tuple[Kind | None, I
             if options.on_bad_row == "stop":
                 break
     return None, chain(seen, rows)
+
+
+def with_encoder(options: BuildOptions, sources: Sequence[Path]) -> BuildOptions:
+    """Return the options with the encoder that is done first with `sources`, where it is ours to choose."""
+    if options.encoder == "auto" and (bytes_of(sources) or SMALL) < SMALL:
+        return replace(options, encoder="tokenizers")
+    return options
 
 
 def _refuse_all(sources: Sequence[Path], target: Path, rows: Iterator[Row], options: BuildOptions) -> NoReturn:
@@ -169,7 +175,7 @@ def _refuse_all(sources: Sequence[Path], target: Path, rows: Iterator[Row], opti
     raise AssertionError("a good row was there after all")
 
 
-def _return_memory_early() -> None:
+def return_memory_early() -> None:
     """Have glibc give large arrays back as soon as they are freed, and keep one heap for all threads.
 
     Left alone it keeps what the largest chunk took, once for each thread: a quarter of a build's memory.
@@ -195,7 +201,7 @@ def _job(sources: Sequence[Path], work: ChunkWork) -> dict[str, Any] | None:
     }
 
 
-def _bytes_of(sources: Sequence[Path]) -> int | None:
+def bytes_of(sources: Sequence[Path]) -> int | None:
     if any(path == STDIN or not path.is_file() for path in sources):
         return None
     return sum(path.stat().st_size for path in sources)

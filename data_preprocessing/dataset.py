@@ -210,8 +210,9 @@ class IndexedDataset:
         return self.manifest["counts"]["max_token_id"]
 
     @property
-    def tokenizer_fingerprint(self) -> str:
-        return self.manifest["tokenizer"]["fingerprint"]
+    def tokenizer_fingerprint(self) -> str | None:
+        tokenizer = self.manifest["tokenizer"]  # None in a set that was converted from one that did not say
+        return tokenizer["fingerprint"] if tokenizer else None
 
     @property
     def num_trained_tokens(self) -> int:

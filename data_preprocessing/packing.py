@@ -12,16 +12,20 @@ from toolkits.foundation.errors import DataError
 
 
 def pack(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
-    """Put samples of the given lengths into as few rows of `capacity` tokens as best-fit decreasing finds.
+    """Put samples of the given lengths into few rows of `capacity` tokens.
 
-    Together the rows hold every sample once. The result depends on the arguments alone. Raises DataError when
-    a sample is empty or longer than a row.
+    Rows are filled one after the other, the longest samples first, and a row is closed by the one or two samples that
+    fill it to the last token wherever there are such; best-fit decreasing, which never looks for two, needs at least
+    as many rows but for a handful of samples. Together the rows hold every sample once. The result depends on the
+    arguments alone. Raises DataError when a sample is empty or longer than a row.
     """
     sizes = np.asarray(lengths, dtype=np.int64)
     _check(sizes, capacity)
-    order = np.argsort(-sizes, kind="stable")  # longest first; equals stay in the order they came in
-    row_of = np.array(_best_fit(sizes[order].tolist(), capacity), dtype=np.int64)
-    return order[np.argsort(row_of, kind="stable")], np.append(0, np.cumsum(np.bincount(row_of)))
+    placed, counts = _filled(_Pool(sizes, capacity), capacity)
+    order = np.empty(len(sizes), np.int64)
+    # The first of equal sizes that is placed is the first sample of that size, and so on.
+    order[np.argsort(placed, kind="stable")] = np.argsort(sizes, kind="stable")
+    return order, np.append(0, np.cumsum(counts, dtype=np.int64))
 
 
 def one_per_row(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.ndarray, np.ndarray]:
@@ -31,32 +35,57 @@ def one_per_row(lengths: Sequence[int] | np.ndarray, capacity: int) -> tuple[np.
     return np.arange(len(sizes)), np.arange(len(sizes) + 1)
 
 
-def _best_fit(sizes: list[int], capacity: int) -> list[int]:
-    """Return the row of each size: the one with the least space left that is enough, else a new one.
+class _Pool:
+    """Which sizes are left: bit `size` of `there` says whether any are, bit `capacity - size` of `mirrored` too."""
 
-    `open_rows[space]` stacks the rows with that much space, and bit `space` of `occupied` says that there
-    are any: the fullest fitting row is the lowest set bit at or above the size.
-    """
-    open_rows: list[list[int]] = [[] for _ in range(capacity + 1)]
-    occupied = rows = 0
-    row_of = []
-    for size in sizes:
-        fitting = occupied >> size
-        if fitting:
-            space = size + (fitting & -fitting).bit_length() - 1
-            stack = open_rows[space]
-            row = stack.pop()
-            if not stack:
-                occupied ^= 1 << space
-        else:
-            space, row = capacity, rows
-            rows += 1
-        row_of.append(row)
-        space -= size
-        if space:
-            open_rows[space].append(row)
-            occupied |= 1 << space
-    return row_of
+    def __init__(self, sizes: np.ndarray, capacity: int) -> None:
+        self._capacity = capacity
+        self._counts = np.bincount(sizes, minlength=capacity + 1).tolist()
+        present = np.unique(sizes).tolist()
+        self.there = sum(1 << size for size in present)
+        self._mirrored = sum(1 << (capacity - size) for size in present)
+
+    def take(self, size: int) -> None:
+        """Take one sample of `size` out."""
+        self._counts[size] -= 1
+        if not self._counts[size]:
+            self.there ^= 1 << size
+            self._mirrored ^= 1 << (self._capacity - size)
+
+    def largest(self, at_most: int) -> int:
+        """Return the largest size of at most so much, 0 when there is none."""
+        return max(0, (self.there & ((2 << at_most) - 1)).bit_length() - 1)
+
+    def half_of(self, total: int) -> int:
+        """Return the larger of two sizes that add up to `total` and are nearest to each other, 0 when no two do.
+
+        Nearest, because the smallest are worth most later on.
+        """
+        half = (total + 1) // 2
+        # Bit `size - half` is set where `size` and `total - size` are both there.
+        both = (self.there & (self._mirrored >> (self._capacity - total))) >> half
+        if both & 1 and 2 * half == total and self._counts[half] < 2:
+            both ^= 1
+        return half + (both & -both).bit_length() - 1 if both else 0
+
+
+def _filled(pool: _Pool, capacity: int) -> tuple[list[int], list[int]]:
+    """Return all sizes in the order of the rows, and how many each row holds."""
+    placed: list[int] = []
+    counts: list[int] = []
+    while pool.there:
+        begin, space = len(placed), capacity
+        while space:
+            size = pool.largest(space)
+            if not size:
+                break
+            if size < space < capacity:
+                size = pool.half_of(space) or size
+            pool.take(size)
+            placed.append(size)
+            space -= size
+        counts.append(len(placed) - begin)
+    return placed, counts
 
 
 def _check(sizes: np.ndarray, capacity: int) -> None:

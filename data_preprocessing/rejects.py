@@ -1,4 +1,4 @@
-"""Bad rows: the first one stops a build, or each is written down with its reason."""
+"""Rows that are dropped, each written down with its reason; a bad row stops a command unless it is to be skipped."""
 
 import json
 import os
@@ -19,14 +19,48 @@ def rejects_path(target: Path) -> Path:
     return target.with_name(target.name.removesuffix(DOCUMENT_SUFFIX) + ".rejects.jsonl")
 
 
+class BadRows:
+    """The bad rows of some files, counted by reason; without `skip` the first one stops everything."""
+
+    def __init__(self, sources: Sequence[Path], *, skip: bool) -> None:
+        self.reasons: Counter[str] = Counter()
+        self.first = ""
+        self._sources, self._skip = sources, skip
+
+    def add(self, row: Row, error: RowError) -> None:
+        """Raise DataError, or count the row."""
+        said = f"{row.source}:{row.line}: {error}"
+        if not self._skip:
+            raise DataError(f"{said} (mend it, or drop such rows with --on-bad-row skip)") from error
+        self.first = self.first or said
+        self.reasons[error.reason] += 1
+
+    def check(self, rows: int, max_bad: float, *, written: Path | None = None) -> None:
+        """Raise DataError when no row is left, or too many were bad; `written` is where they were written down."""
+        bad, names = self.reasons.total(), ", ".join(map(str, self._sources))
+        if not rows:
+            raise DataError(f"{names}: the file has no rows")
+        if bad > max_bad * rows or bad == rows:
+            reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
+            where = f"; all of them are in {written}" if written else ""
+            raise DataError(
+                f"{names}: {bad} of {rows} rows are bad ({bad / rows:.2%}, --max-bad allows {max_bad:.2%}): "
+                f"{reasons}{where}; the first: {self.first}"
+            )
+
+
 class Rejects:
-    """The bad rows of a build; with `skip` they go to `path`. `state` is what `save` of another one returned."""
+    """The rows that a command drops; they go to `path`. `state` is what `save` of another one returned.
+
+    Bad rows are dropped with `skip`, and raise DataError without.
+    """
 
     def __init__(self, sources: Sequence[Path], path: Path, *, skip: bool, state: Mapping[str, Any] | None) -> None:
-        self.reasons: Counter[str] = Counter(state["reasons"] if state else {})
-        self._sources, self._path, self._skip = sources, path, skip
-        self._first: str = state["first"] if state else ""
+        self._bad, self._path = BadRows(sources, skip=skip), path
         self._file: IO[bytes] | None = None
+        if state:
+            self._bad.reasons.update(state["reasons"])
+            self._bad.first = state["first"]
         if state and state["bytes"]:
             self._file = open(path, "r+b")  # noqa: SIM115  closed by __exit__
             self._file.truncate(state["bytes"])
@@ -41,33 +75,28 @@ class Rejects:
         elif kind is None:
             self._path.unlink(missing_ok=True)  # what an earlier build left there is not about this one
 
+    @property
+    def reasons(self) -> Counter[str]:
+        """How many bad rows there were, by reason."""
+        return self._bad.reasons
+
     def add(self, row: Row, error: RowError) -> None:
-        """Raise DataError, or write the row down."""
-        said = f"{row.source}:{row.line}: {error}"
-        if not self._skip:
-            raise DataError(f"{said} (mend it, or drop such rows with --on-bad-row skip)") from error
-        self._first = self._first or said
-        self.reasons[error.reason] += 1
+        """Raise DataError, or write the bad row down."""
+        self._bad.add(row, error)
+        self.drop(row, reason=error.reason, message=str(error))
+
+    def drop(self, row: Row, **why: str) -> None:
+        """Write a row down with its place and why it was dropped."""
         if self._file is None:
             self._file = open(self._path, "wb")  # noqa: SIM115  closed by __exit__
         data = row.data.decode("utf-8", "replace").rstrip("\r\n") if isinstance(row.data, bytes) else row.data
-        entry: dict[str, Any] = {"line": row.line, "reason": error.reason, "message": str(error), "row": data}
-        if len(self._sources) > 1:
-            entry = {"file": str(row.source), **entry}
+        entry = {"file": str(row.source), "line": row.line, **why, "row": data}
         # Escaped, because a rejected row may hold what no encoding can write.
         self._file.write(json.dumps(entry, ensure_ascii=True, default=str).encode() + b"\n")
 
     def check(self, rows: int, max_bad: float) -> None:
         """Raise DataError when no row is left, or too many were bad."""
-        bad, names = self.reasons.total(), ", ".join(map(str, self._sources))
-        if not rows:
-            raise DataError(f"{names}: the file has no rows")
-        if bad > max_bad * rows or bad == rows:
-            reasons = ", ".join(f"{reason} {count}" for reason, count in self.reasons.most_common())
-            raise DataError(
-                f"{names}: {bad} of {rows} rows are bad ({bad / rows:.2%}, --max-bad allows {max_bad:.2%}): "
-                f"{reasons}; all of them are in {self._path}; the first: {self._first}"
-            )
+        self._bad.check(rows, max_bad, written=self._path)
 
     def save(self) -> dict[str, Any]:
         """Make what was written durable and return what another one needs to go on."""
@@ -76,4 +105,4 @@ class Rejects:
             self._file.flush()
             os.fsync(self._file.fileno())
             size = self._file.tell()
-        return {"reasons": dict(self.reasons), "first": self._first, "bytes": size}
+        return {"reasons": dict(self.reasons), "first": self._bad.first, "bytes": size}

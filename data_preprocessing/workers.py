@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import TypeVar
 
 from toolkits.foundation.errors import DataError, TemperError, describe
 
@@ -16,23 +17,28 @@ from .dataset import Kind
 
 AHEAD = 1  # chunks that wait for the encoder
 
+Ready = TypeVar("Ready")
+Done = TypeVar("Done")
+
 
 def finished_chunks(
     chunks: Iterator[Chunk], work: ChunkWork, kind: Kind, tokenizer: Path, options: BuildOptions
 ) -> Iterator[Finished]:
     """Yield what becomes of each chunk, in order; `options.workers` says in how many processes."""
     if options.workers == 1:
-        return _beside_the_encoder(chunks, work)
+        return beside_the_encoder(chunks, work.prepare, work.finish)
     return _in_processes(chunks, kind, tokenizer, options)
 
 
-def _beside_the_encoder(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finished]:
-    """Prepare the next chunk while the encoder, which needs no Python, works on those before."""
-    waiting: deque[Future[Finished]] = deque()
+def beside_the_encoder(
+    chunks: Iterator[Chunk], prepare: Callable[[Chunk], Ready], finish: Callable[[Ready], Done]
+) -> Iterator[Done]:
+    """Prepare the next chunk while the encoder, which needs no Python, finishes those before; yield them in order."""
+    waiting: deque[Future[Done]] = deque()
     with ThreadPoolExecutor(1) as encoder:
         try:
             for chunk in chunks:
-                waiting.append(encoder.submit(work.finish, work.prepare(chunk)))
+                waiting.append(encoder.submit(finish, prepare(chunk)))
                 if len(waiting) > AHEAD:
                     yield waiting.popleft().result()
             while waiting:

@@ -45,10 +45,10 @@ class DatasetWriter:
         self._prefix = folder / name
         self._counts = Counts(**state["counts"]) if state else Counts()
         kept: Mapping[str, int] = state["bytes"] if state else {}
-        self._files: dict[str, _HashedFile] = {}
+        self._files: dict[str, HashedFile] = {}
         for suffix in (".bin", ".mask", LENGTHS_SUFFIX, ABOUT_SUFFIX):
             if suffix in kept or suffix != ABOUT_SUFFIX:
-                self._files[suffix] = _HashedFile(sibling(self._prefix, suffix), keep=kept.get(suffix, 0))
+                self._files[suffix] = HashedFile(sibling(self._prefix, suffix), keep=kept.get(suffix, 0))
 
     def __enter__(self) -> "DatasetWriter":
         return self
@@ -73,7 +73,7 @@ class DatasetWriter:
         self._files[LENGTHS_SUFFIX].write(lengths.astype("<i4").data)
         if about:
             if ABOUT_SUFFIX not in self._files:
-                self._files[ABOUT_SUFFIX] = _HashedFile(sibling(self._prefix, ABOUT_SUFFIX))
+                self._files[ABOUT_SUFFIX] = HashedFile(sibling(self._prefix, ABOUT_SUFFIX))
             self._files[ABOUT_SUFFIX].write(about)
         counts = self._counts
         counts.rows += len(lengths)
@@ -90,8 +90,8 @@ class DatasetWriter:
         """Write the index and the manifest, which gets `about` beside counts and checksums; return it."""
         lengths = sibling(self._prefix, LENGTHS_SUFFIX)
         self._files.pop(LENGTHS_SUFFIX).close()
-        self._files[".idx"] = index = _HashedFile(sibling(self._prefix, ".idx"))
-        _write_index(index, np.fromfile(lengths, "<i4"))
+        self._files[".idx"] = index = HashedFile(sibling(self._prefix, ".idx"))
+        write_index(index, np.fromfile(lengths, "<i4"))
         lengths.unlink()
         order = [suffix for suffix in (".bin", ".mask", ".idx", ABOUT_SUFFIX) if suffix in self._files]
         manifest = {
@@ -115,7 +115,8 @@ def toolkit_version() -> str:
         return "unknown"
 
 
-def _write_index(index: "_HashedFile", lengths: np.ndarray) -> None:
+def write_index(index: "HashedFile", lengths: np.ndarray) -> None:
+    """Write the .idx of rows of int32 that lie one behind the other, `lengths` int32 [rows]."""
     rows = len(lengths)
     index.write(HEADER.pack(MAGIC, INDEX_VERSION, INT32_CODE, rows, rows + 1))
     index.write(lengths.tobytes())
@@ -128,7 +129,7 @@ def _write_index(index: "_HashedFile", lengths: np.ndarray) -> None:
         index.write(np.arange(first, min(first + ROWS_AT_ONCE, rows + 1), dtype="<i8").tobytes())
 
 
-class _HashedFile:
+class HashedFile:
     """A file that knows its size and checksum; `keep` bytes that are there already stay, the rest goes."""
 
     def __init__(self, path: Path, *, keep: int = 0) -> None:
@@ -144,6 +145,7 @@ class _HashedFile:
         self._file.seek(self._bytes)
 
     def write(self, data: bytes | memoryview) -> None:
+        """Append bytes."""
         self._file.write(data)
         self._hash.update(data)
         self._bytes += memoryview(data).nbytes
@@ -155,5 +157,6 @@ class _HashedFile:
         return self._bytes
 
     def close(self) -> dict[str, Any]:
+        """Close the file and return its size and checksum."""
         self._file.close()
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}

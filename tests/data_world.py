@@ -195,3 +195,41 @@ def doubled(conversations, seq_len, pad=1):
         labels += [-100] * (seq_len - len(labels))
         documents.append(tokens + labels)
     return documents
+
+
+# Calls and results of tools, and reasoning, in the plainest words.
+TOOLS_TEMPLATE = (
+    "{% if tools %}{{ '<|head|>' }}{% for t in tools %}{{ t.function.name }}{% endfor %}{{ '<|tail|>' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' }}{% if m.role == 'assistant' %}"
+    "{% if m.reasoning_content and loop.index0 >= messages | length - 1 %}"
+    "{{ '<think>' + m.reasoning_content + '</think>' }}{% endif %}{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ '[' + c.function.name + (c.function.arguments | tojson) + ']' }}{% endfor %}"
+    "{% else %}{{ m.content }}{% endif %}{{ '<|im_end|>\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def trained_of(dataset, folder, row):
+    from data_preprocessing.tokenizer import load_tokenizer
+
+    tokens, mask = dataset.tokens(row), dataset.mask(row)
+    return load_tokenizer(folder).encoder.decode(tokens[mask == 1].tolist(), skip_special_tokens=False)
+
+
+def text_of(dataset, folder, row):
+    from data_preprocessing.tokenizer import load_tokenizer
+
+    return load_tokenizer(folder).encoder.decode(dataset.tokens(row).tolist(), skip_special_tokens=False)
+
+
+PAIRS = [
+    {"prompt": "q", "chosen": "good", "rejected": "bad"},
+    {"prompt": talk("q")["messages"], "chosen": [{"role": "assistant", "content": "good"}],
+     "rejected": [{"role": "assistant", "content": "bad"}]},
+    {"chosen": talk("q", "good")["messages"], "rejected": talk("q", "bad")["messages"]},
+    {"conversations": [{"from": "human", "value": "q"}], "chosen": {"from": "gpt", "value": "good"},
+     "rejected": {"from": "gpt", "value": "bad"}},
+    {"instruction": "q", "input": "", "chosen": "good", "rejected": "bad"},
+    {"messages": talk("q")["messages"], "chosen": {"role": "assistant", "content": "good"},
+     "rejected": {"role": "assistant", "content": "bad"}},
+]  # fmt: skip
