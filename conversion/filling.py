@@ -36,7 +36,8 @@ def row_runs(shape: Sequence[int], itemsize: int) -> Iterator[tuple[int, int]]:
 class Span:
     """A tensor's place: `num_bytes` from `start` on, the bytes of `slices()` one behind the other.
 
-    `check` reads it again and returns what differs from its source.
+    `check` reads it again and returns what differs from its source. `hashes` returns by their names what is to be
+    hashed instead of the bytes as they are written.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Span:
     num_bytes: int
     slices: Callable[[], Iterable[torch.Tensor]]
     check: Callable[[], list[str]] | None = None
+    hashes: Callable[[], dict[str, str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def write_files(
 ) -> dict[str, str]:
     """Write `files` into `folder` with `workers` threads, but for what the journal says is there.
 
-    `advance` is told the bytes of each span. Return the sha256 of each span by its name, if they are `hashed`.
+    `advance` is told the bytes of each span. Return the sha256 of each span by its name, if they are `hashed`, or what
+    its `hashes` says.
     Raises what reading raises, OSError with its path, and CheckpointError when a span's check finds a difference.
     """
     for file in files:
@@ -130,12 +133,12 @@ class _Team:
                     if self.stopped.is_set():
                         return batch, {}
                     content = _bytes_of(piece)
-                    if self._hashed:
+                    if self._hashed and span.hashes is None:
                         digest.update(content)
                     end = _write(descriptor, content, end)
                 assert end == span.start + span.num_bytes, (batch.file, span)
                 if self._hashed:
-                    digests[span.name] = digest.hexdigest()
+                    digests |= span.hashes() if span.hashes else {span.name: digest.hexdigest()}
                 self._advance(span.num_bytes)
         problems = [problem for span in batch.spans if span.check for problem in span.check()]
         raise_all(CheckpointError, "what was written differs from its source; nothing was published", problems)

@@ -19,14 +19,23 @@ def stop_at(folder: Path, token: int) -> list[int] | None:
     Nothing is written, and None returned, when it ended there already. Without a generation_config.json the ids of
     config.json count, as in transformers, and one is written. Raises CheckpointError when a file is damaged.
     """
-    path = folder / GENERATION_FILE
-    content = read_json(path) if path.is_file() else _from_config(read_json(folder / CONFIG_FILE))
+    path, content = _content(folder)
     ends = _ends(path, content)
     if token in ends:
         return None
     text = json.dumps({**content, "eos_token_id": [token, *ends]}, indent=2, ensure_ascii=False)
     path.write_text(text + "\n", encoding="utf-8")
     return ends
+
+
+def ends_of(folder: Path) -> list[int]:
+    """Return the tokens at which generation with the model in `folder` ends; raise CheckpointError as `stop_at`."""
+    return _ends(*_content(folder))
+
+
+def _content(folder: Path) -> tuple[Path, dict[str, object]]:
+    path = folder / GENERATION_FILE
+    return path, read_json(path) if path.is_file() else _from_config(read_json(folder / CONFIG_FILE))
 
 
 def _from_config(config: Mapping[str, object]) -> dict[str, object]:

@@ -73,7 +73,7 @@ class HfCheckpoint:
         self.directory = Path(directory)
         self.config = read_config(self.directory)
         self._files = MappedFolder(self.directory)
-        self.tensors: dict[str, StoredTensor] = _read_headers(self.directory)
+        self.tensors: dict[str, StoredTensor] = read_headers(self.directory)
         self._scales: dict[str, StoredTensor] = {}
         if not dequantize:
             block_fp8.require_plain(self.directory, self.config, self.tensors)
@@ -180,7 +180,11 @@ def _cut(sizes: Mapping[str, int], shard_bytes: int) -> list[list[str]]:
     return shards
 
 
-def _read_headers(directory: Path) -> dict[str, StoredTensor]:
+def read_headers(directory: Path) -> dict[str, StoredTensor]:
+    """Return what lies where in a directory; raise CheckpointError when files, index and headers disagree.
+
+    Pickles come in through the restricted unpickler.
+    """
     kind = next(
         (kind for kind in KINDS if any((directory / name).exists() for name in (kind.index, kind.single))), None
     )

@@ -22,8 +22,8 @@ from .options import Options
 from .output import publish_output, state_of
 from .plan import Plan, Step
 from .read_back import differences
-from .recorded import check_recorded
-from .report import Story, place_of, write_report
+from .recorded import SourceRecord, source_record
+from .report import Story, sha256_of, write_report
 from .safe_pickle import Archive
 from .settings import config_dtype
 
@@ -37,11 +37,10 @@ def convert(src: Path, dst: Path, **choices: Any) -> Plan:
     refuse_overlap(src, dst)
     weights = HfAsMcore(src, dtype=options.dtype, dequantize=options.dequantize)
     source, plan = weights.source, weights.plan
-    if options.verify:
-        check_recorded(src, plan, everything=False)
+    record = source_record(src, plan) if options.verify else SourceRecord()
     kinds = [tensor.dtype for tensor in weights.tensors.values()]
     notes = note_dtype(config_dtype(source.config), kinds) if options.dtype is None else []
-    step_layout = lay_out(list(_chunks(weights, temporary_of(dst) / RELEASE, options)), plan.extra_states)
+    step_layout = lay_out(list(_chunks(weights, record, temporary_of(dst) / RELEASE, options)), plan.extra_states)
 
     def finish(temporary: Path, hashes: dict[str, str]) -> None:
         step_layout.finish(temporary / RELEASE)
@@ -51,6 +50,8 @@ def convert(src: Path, dst: Path, **choices: Any) -> Plan:
         (temporary / TRACKER_FILE).write_text(RELEASE)
         if options.verify:
             McoreAsHf(temporary)  # accounts for every tensor
+            parts = {name: step.parts[number].name for name, (step, number) in plan.hf_tensors.items()}
+            record.require((name, hashes[parts[name]]) for name in record.said if not _casts(weights, name))
         left_out = source.tensors.keys() - plan.hf_tensors.keys()
         story = Story("hf2mcore", src, options.verify, cast=options.dtype, notes=notes, left_out=sorted(left_out))
         write_report(temporary, plan, story, hashes=hashes)
@@ -61,7 +62,7 @@ def convert(src: Path, dst: Path, **choices: Any) -> Plan:
     return plan
 
 
-def _chunks(weights: HfAsMcore, written: Path, options: Options) -> Iterator[Chunk]:
+def _chunks(weights: HfAsMcore, record: SourceRecord, written: Path, options: Options) -> Iterator[Chunk]:
     files = MappedFolder(written)
     for step in weights.plan.steps:
         tensor = weights.tensors[step.key]
@@ -72,8 +73,8 @@ def _chunks(weights: HfAsMcore, written: Path, options: Options) -> Iterator[Chu
             shape=(1,) * len(step.index) + step.shape,
             dtype=tensor.dtype,
             slices=partial(weights.slices if options.allow_nonfinite else partial(_finite, weights), step),
-            check=partial(_check, weights, files, step) if options.verify else None,
-            name=place_of(step),
+            check=partial(_check, weights, record, files, step) if options.verify else None,
+            hashes=partial(_hashes, weights, step),
         )
 
 
@@ -87,10 +88,24 @@ def _finite(weights: HfAsMcore, step: Step) -> Iterator[torch.Tensor]:
         yield rows
 
 
-def _check(weights: HfAsMcore, files: MappedFolder, step: Step, place: Place) -> list[str]:
+def _hashes(weights: HfAsMcore, step: Step) -> dict[str, str]:
+    """Return the sha256 of each part in the type that it is written in: what is written is compared with that."""
+    dtype = weights.tensors[step.key].dtype
+    return {part.name: sha256_of(weights.source.read(part.name), dtype) for part in step.parts}
+
+
+def _casts(weights: HfAsMcore, name: str) -> bool:
+    """Whether a tensor is written in another type than it is stored in, and so with another hash."""
+    step, _ = weights.plan.hf_tensors[name]
+    return weights.source.dtype(name) != weights.tensors[step.key].dtype
+
+
+def _check(weights: HfAsMcore, record: SourceRecord, files: MappedFolder, step: Step, place: Place) -> list[str]:
     """Return what of a step, read where it was written, is not what its source says."""
     source = f"{files.folder / place.file} ({step.key})"
     written = Archive(files.file(place.file), place.start, place.length, source=source).tensor().reshape(step.shape)
     parts = {number: weights.source.read(part.name) for number, part in enumerate(step.parts)}
+    cast = [part.name for part in step.parts if record.said and _casts(weights, part.name)]
+    record.require((name, sha256_of(weights.source.read(name))) for name in cast)
     assert written.dtype == weights.tensors[step.key].dtype, step.key
     return differences(step, parts, lambda start, stop: written[start:stop], written.dtype)

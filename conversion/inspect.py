@@ -96,10 +96,10 @@ def describe(said: Mapping[str, object]) -> str:
 
 
 def _format_of(directory: Path) -> str:
-    if is_mcore_directory(directory):
-        return "Megatron-core directory (torch_dist)"
     if any(path for pattern in ("mp_rank_*", "*/mp_rank_*") for path in directory.glob(pattern)):
         return "Megatron-LM checkpoint of an older format (mp_rank folders), which is not read"
+    if is_mcore_directory(directory):
+        return "Megatron-core directory (torch_dist)"
     if any(directory.glob("*.safetensors*")):
         return "HuggingFace directory (safetensors)"
     if any(directory.glob("pytorch_model*.bin*")):

@@ -52,7 +52,7 @@ class Chunk:
     dtype: torch.dtype
     slices: Callable[[], Iterable[torch.Tensor]]
     check: Callable[["Place"], list[str]] | None = None
-    name: str = ""  # what its hash is called
+    hashes: Callable[[], dict[str, str]] | None = None  # what is to be said of it
 
     @property
     def num_bytes(self) -> int:
@@ -131,7 +131,7 @@ def _file(name: str, chunks: Sequence[Chunk], object_keys: Sequence[str], places
         end = start + archive.num_bytes
         fixed += [(start, archive.head), (data + archive.data_bytes, archive.tail)]
         check = None if chunk.check is None else partial(chunk.check, place)
-        spans.append(Span(chunk.name, data, archive.data_bytes, chunk.slices, check))
+        spans.append(Span(chunk.key, data, archive.data_bytes, chunk.slices, check, chunk.hashes))
     return File(name, end, fixed, spans)
 
 

@@ -11,6 +11,7 @@ from toolkits.foundation.publish import publish_directory, require_space, tempor
 from .filling import File, write_files
 from .journal import Journal
 from .options import Options
+from .report import VERSION
 
 
 def publish_output(
@@ -28,7 +29,7 @@ def publish_output(
     same. Raises DiskError, UsageError, InterruptedRun and what reading raises.
     """
     journal = Journal(
-        {**facts, **options.facts()},
+        {**facts, **options.facts(), "version of the report": VERSION},
         {file.name: file.size for file in files},
         resume=options.resume,
         restart=options.restart,

@@ -1,13 +1,15 @@
 """`conversion_report.json`: what a conversion made of what, and the hash of every tensor and file that it wrote.
 
-    {"version": 1, "temper": "0.1.0", "made": "hf2mcore", "source": DIR, "family": "qwen2", "parameters": 113936,
+    {"version": 2, "temper": "0.1.0", "made": "hf2mcore", "source": DIR, "family": "qwen2", "parameters": 113936,
      "cast": null, "notes": [...], "verdict": "read again and equal bit for bit",
      "tensors": [{"source": [NAME, ...], "target": NAME, "shape": [...], "dtype": "bfloat16", "sha256": HEX}, ...],
      "left_out": [NAME, ...], "files": {PATH: [bytes, sha256], ...}}
 
 A Megatron-core tensor is called by its key and its place on the merged axes: `decoder.layers.mlp.linear_fc2.weight[3]`.
-Its hash is that of the elements in their order, little endian; null when nothing was verified. `left_out` names tensors
-of the source that are no weights or repeat another. `files` has every other file of the output.
+Hashes are those of HuggingFace tensors, of the elements in their order, little endian: a tensor has the same hash in
+whatever directory it lies, and one that is converted is hashed once. Of a Megatron-core directory `sha256` is therefore
+a list, with the hash of each of `source`. It is null when nothing was verified. `left_out` names tensors of the source
+that are no weights or repeat another. `files` has every other file of the output.
 """
 
 import hashlib
@@ -21,15 +23,16 @@ from pathlib import Path
 
 import torch
 
+from .filling import row_runs
 from .hf_checkpoint import HfCheckpoint
 from .journal import JOURNAL_FILE
-from .layout import name_of
+from .layout import name_of, split
 from .mcore_checkpoint import McoreCheckpoint
 from .mcore_directory import is_mcore_directory
 from .plan import Plan, Step
 
 REPORT_FILE = "conversion_report.json"
-VERSION = 1
+VERSION = 2
 VERIFIED, NOT_VERIFIED = "read again and equal bit for bit", "not verified"
 THREADS = 2
 
@@ -50,17 +53,17 @@ class Story:
 
 @dataclass(frozen=True)
 class Target:
-    """A tensor as it was written: what it was made of, the file that it lies in, and how to read it."""
+    """A HuggingFace tensor where it lies: what it is called there, in which file, and how to read it."""
 
-    sources: tuple[str, ...]
+    called: str
     file: str
     read: Callable[[], torch.Tensor]
 
 
 def write_report(folder: Path, plan: Plan, story: Story, *, hashes: Mapping[str, str]) -> None:
     """Write the report of a complete output; tensors of one that is not verified have no hashes."""
-    targets = targets_of(folder, plan)
-    assert not story.verified or targets.keys() <= hashes.keys(), sorted(targets.keys() - hashes.keys())
+    if story.verified:
+        assert (names := targets_of(folder, plan).keys()) <= hashes.keys(), sorted(names - hashes.keys())
     report = {
         "version": VERSION,
         "temper": version("temper-mcore"),
@@ -71,7 +74,7 @@ def write_report(folder: Path, plan: Plan, story: Story, *, hashes: Mapping[str,
         "cast": story.cast,
         "notes": list(story.notes),
         "verdict": VERIFIED if story.verified else NOT_VERIFIED,
-        "tensors": [_entry(name, target, hashes.get(name)) for name, target in targets.items()],
+        "tensors": list(_entries(folder, plan, hashes)),
         "left_out": sorted(story.left_out),
         "files": {path.relative_to(folder).as_posix(): describe(path) for path in _other_files(folder)},
     }
@@ -84,20 +87,16 @@ def place_of(step: Step) -> str:
 
 
 def targets_of(folder: Path, plan: Plan) -> dict[str, Target]:
-    """Return the tensors of a directory that this project wrote, by the names that a report gives them."""
+    """Return the HuggingFace tensors that a directory of either kind, written by this project, holds."""
     if is_mcore_directory(folder):
         mcore = McoreCheckpoint(folder)
         return {
-            place_of(step): Target(
-                tuple(part.name for part in step.parts), _file_of(mcore, step), partial(_read, mcore, step)
-            )
+            part.name: Target(_called(part.name, step), _file_of(mcore, step), partial(_part, mcore, step, number))
             for step in plan.steps
+            for number, part in enumerate(step.parts)
         }
     hf = HfCheckpoint(folder)
-    return {
-        name: Target((place_of(step),), hf.tensors[name].file, partial(hf.read, name))
-        for name, (step, _) in plan.hf_tensors.items()
-    }
+    return {name: Target(name, hf.tensors[name].file, partial(hf.read, name)) for name in plan.hf_tensors}
 
 
 def hashed(targets: Mapping[str, Target]) -> Iterator[tuple[str, str]]:
@@ -106,11 +105,12 @@ def hashed(targets: Mapping[str, Target]) -> Iterator[tuple[str, str]]:
         yield from zip(targets, pool.map(lambda target: sha256_of(target.read()), targets.values()), strict=True)
 
 
-def sha256_of(*pieces: torch.Tensor) -> str:
-    """Return the sha256 of the elements of tensors, one behind the other."""
+def sha256_of(tensor: torch.Tensor, dtype: torch.dtype | None = None) -> str:
+    """Return the sha256 of a tensor's elements, cast to `dtype`."""
     digest = hashlib.sha256()
-    for piece in pieces:
-        digest.update(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+    for start, stop in row_runs(tensor.shape, tensor.element_size()):
+        rows = tensor[start:stop].to(dtype or tensor.dtype)
+        digest.update(rows.contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -120,15 +120,33 @@ def describe(path: Path) -> list[int | str]:
         return [path.stat().st_size, hashlib.file_digest(file, "sha256").hexdigest()]
 
 
-def _entry(name: str, target: Target, sha256: str | None) -> dict[str, object]:
-    tensor = target.read()
-    return {
-        "source": list(target.sources),
-        "target": name,
-        "shape": list(tensor.shape),
-        "dtype": name_of(tensor.dtype),
-        "sha256": sha256,
-    }
+def _entries(folder: Path, plan: Plan, hashes: Mapping[str, str]) -> Iterator[dict[str, object]]:
+    if not is_mcore_directory(folder):
+        hf = HfCheckpoint(folder)
+        for name, (step, number) in plan.hf_tensors.items():
+            yield _entry([place_of(step)], name, step.parts[number].shape, hf.read(name), hashes.get(name))
+        return
+    mcore = McoreCheckpoint(folder)
+    for step in plan.steps:
+        names = [part.name for part in step.parts]
+        found = [hashes[name] for name in names if name in hashes] or None
+        yield _entry(names, place_of(step), step.shape, _read(mcore, step), found)
+
+
+def _entry(
+    source: list[str], target: str, shape: tuple[int, ...], tensor: torch.Tensor, sha256: str | list[str] | None
+) -> dict[str, object]:
+    assert tensor.shape == shape, (target, tensor.shape, shape)
+    dtype = name_of(tensor.dtype)
+    return {"source": source, "target": target, "shape": list(shape), "dtype": dtype, "sha256": sha256}
+
+
+def _called(name: str, step: Step) -> str:
+    return place_of(step) if len(step.parts) == 1 else f"{place_of(step)} ({name})"
+
+
+def _part(mcore: McoreCheckpoint, step: Step, number: int) -> torch.Tensor:
+    return split(_read(mcore, step), step.blocks, number)
 
 
 def _read(mcore: McoreCheckpoint, step: Step) -> torch.Tensor:

@@ -61,6 +61,7 @@ def check(folder: Path, layout, expert: int) -> dict | None:
     from conversion.hf_checkpoint import read_config
     from conversion.settings import mcore_settings
     from toolkits.training.config import ComputeSettings
+    from toolkits.training.logits import forward
     from toolkits.training.parallel.model import build_model
 
     settings = mcore_settings(read_config(folder / "hf"))
@@ -73,8 +74,9 @@ def check(folder: Path, layout, expert: int) -> dict | None:
     model.load_state_dict(state, strict=False)
     truth = torch.load(folder / "truth.pt")
     with torch.no_grad():
-        logits = forward(model, truth["ids"])
-    error = None if logits is None else (logits[..., : settings["vocab_size"]] - truth["logits"]).abs().max().item()
+        found = forward((model,), truth["ids"])  # on the last stage
+    errors = [(logits[..., : settings["vocab_size"]] - truth["logits"]).abs().max().item() for logits in found]
+    error = errors[0] if errors else None
     compared = compare_slices(model, HfAsMcore(folder / "hf"))
     if folder.name in SAVED and expert == 1:
         shape = (layout.tensor, layout.pipeline)
@@ -104,26 +106,6 @@ def prediction_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
         config, layers, settings["vocab_size"], 64, position_embedding_type="rope", mtp_block_spec=prediction
     )
     return {tensor.key: tuple(tensor.global_shape) for tensor in flat_tensors(model)}
-
-
-def forward(model, ids):
-    """Return the logits [b, s, vocabulary], gathered over TP, on the last stage; None on the first of two."""
-    from megatron.core import parallel_state
-
-    positions = torch.arange(ids.shape[1])[None]
-    mask = torch.triu(torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool), 1)[None, None]
-    if not model.pre_process:
-        tokens = ids.shape[1]
-        if model.config.sequence_parallel:
-            tokens //= parallel_state.get_tensor_model_parallel_world_size()
-        hidden = torch.empty(tokens, ids.shape[0], model.config.hidden_size)
-        torch.distributed.recv(hidden, parallel_state.get_pipeline_model_parallel_prev_rank())
-        model.set_input_tensor(hidden)
-    output = model(ids, positions, mask, runtime_gather_output=True)
-    if model.post_process:
-        return output
-    torch.distributed.send(output.contiguous(), parallel_state.get_pipeline_model_parallel_next_rank())
-    return None
 
 
 def flat_tensors(model):

@@ -1,20 +1,11 @@
 """Every family that trains, against a plain transformers + AdamW loop, and in other layouts against itself."""
 
-import numpy as np
 import pytest
-import torch
 from conversion_models import EXPERTS, TRAINED, write_model
-from training_world import VOCABULARY, flags, run_cases, write_dataset, write_tokenizer
+from training_world import VOCABULARY, run_cases, write_dataset, write_tokenizer
 
-from data_preprocessing.dataset import open_dataset
-from toolkits.training.batches import Batches
-from toolkits.training.blend import Mix
-from toolkits.training.config import BatchSettings, DataSettings
-from toolkits.training.layout import Layout
-from toolkits.training.optimizer import learning_rate
-from toolkits.training.rows import Rows, make_rows, select
+from toolkits.cards.lesson import LEARNT, LOSS_TOLERANCE, lesson, plain_losses
 
-STEPS, GLOBAL, SEQ_LEN = 20, 4, 64
 MODELS = TRAINED | EXPERTS
 LAYOUTS = {
     "qwen2-moe": {
@@ -33,7 +24,7 @@ LAYOUTS = {
         "cp2": {"context_parallel": 2},
     },
     "llama3.2": {"tp2": {"tensor_parallel": 2}},
-    "phi4-mini": {"cp2": {"context_parallel": 2}},
+    "phi-partial-rotary": {"cp2": {"context_parallel": 2}},
     "glm": {"pp2": {"pipeline_parallel": 2}},
 }
 PAIRS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
@@ -58,21 +49,7 @@ def inputs(tmp_path_factory):
 
 def case(inputs, out, name, **changes):
     folder, data = inputs
-    settings = {
-        "checkpoint": folder / name,
-        "data": data,
-        "valid_data": data,
-        "seq_len": SEQ_LEN,
-        "micro_batch_size": 1,
-        "global_batch_size": GLOBAL,
-        "train_iters": STEPS,
-        "precision": "fp32",
-        "lr": 1e-3,
-        "min_lr": 1e-4,
-        "warmup_iters": 3,
-        "output": out,
-    }
-    return flags(**(settings | changes))
+    return lesson(folder / name, data, out, **changes).flags()
 
 
 @pytest.fixture(scope="module")
@@ -99,49 +76,15 @@ def run_pairs(inputs, folder, pairs):
     return run_cases(folder / "world", 2, cases)
 
 
-def reference(folder, data):
-    """Train with transformers and torch alone, each conversation by itself; return losses and final weights."""
-    from transformers import AutoModelForCausalLM
-
-    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    groups = [
-        {"params": [w for w in network.parameters() if w.dim() > 1], "weight_decay": 0.1},
-        {"params": [w for w in network.parameters() if w.dim() == 1], "weight_decay": 0.0},
-    ]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
-    dataset, settings = open_dataset(data), DataSettings(data=data, seq_len=SEQ_LEN)
-    selection, _ = select(dataset, settings)
-    rows = Rows((make_rows(selection.hold_out(seed=1234)[0], settings),), Mix((1,)))
-    batches = Batches(rows, BatchSettings(1, GLOBAL), Layout(1, 1, 1, False, GLOBAL), replica=0, seed=1234)
-    losses = []
-    for step in range(STEPS):
-        total, trained = 0.0, 0
-        numbers = batches.row_numbers(step * GLOBAL)
-        for document, *_ in (segment for number in numbers for segment in rows.parts[0].segments(number)):
-            tokens = torch.from_numpy(dataset.tokens(document).astype(np.int64))
-            mask = torch.from_numpy(dataset.mask(document)[1:].astype(np.float32))
-            logits = network(tokens[None, :-1]).logits[0]
-            total += (torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none") * mask).sum()
-            trained += int(mask.sum())
-        optimizer.zero_grad()
-        (total / trained).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step + 1, steps=STEPS, warmup=3, peak=1e-3, floor=1e-4)
-        optimizer.step()
-        losses.append(float(total.detach()) / trained)
-    return losses
-
-
 def losses(history):
     return [step["loss"] for step in history]
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_twenty_steps_equal_a_plain_transformers_loop(inputs, alone, name):
-    expected = reference(inputs[0] / name, inputs[1])
-    assert losses(alone[name]) == pytest.approx(expected, abs=1e-4)
-    assert expected[-1] < expected[0] - 0.3, "nothing was learned: the comparison would prove little"
+    expected = plain_losses(lesson(inputs[0] / name, inputs[1], inputs[0]))
+    assert losses(alone[name]) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert expected[-1] < expected[0] - LEARNT, "nothing was learned: the comparison would prove little"
 
 
 def same(found, expected):

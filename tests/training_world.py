@@ -13,8 +13,13 @@ import sys
 import time
 from pathlib import Path
 
+from toolkits.cards.sample import (  # noqa: F401 - some are here for the tests
+    VOCABULARY,
+    write_dataset,
+    write_tokenizer,
+)
+
 ROOT = Path(__file__).resolve().parents[1]
-VOCABULARY = 261  # odd: TP=2 pads it
 # Pairwise distinct sizes, so that no missing transpose goes unseen.
 TINY = {
     "vocab_size": VOCABULARY,
@@ -26,12 +31,6 @@ TINY = {
     "max_position_embeddings": 512,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
-TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\\n' }}"
-    "{% if message.role == 'assistant' %}{% generation %}{{ message.content + '<|im_end|>' }}{% endgeneration %}"
-    "{% else %}{{ message.content + '<|im_end|>' }}{% endif %}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 
 
 def write_model(folder, *, tied=True, seed=11, **changes):
@@ -50,39 +49,6 @@ def write_model(folder, *, tied=True, seed=11, **changes):
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
-
-
-def write_tokenizer(folder):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    bpe = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|im_end|>",
-        pad_token="<|endoftext|>",
-        additional_special_tokens=["<|im_start|>"],
-    )
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-
-
-def write_dataset(prefix, tokenizer, *, rows, seed=5):
-    """Build a dataset of conversations with very different lengths and shares of trained tokens."""
-    from data_preprocessing.build import build
-
-    rng = random.Random(seed)
-    source = prefix.with_suffix(".jsonl")
-    with open(source, "w", encoding="utf-8") as file:
-        for number in range(rows):
-            question = f"{number} " + "".join(rng.choices("abc é", k=rng.randint(1, 12)))
-            answer = "".join(rng.choices("xyz", k=rng.randint(1, 25)))
-            print(json.dumps({"instruction": question.strip(), "output": answer}), file=file)
-    build(source, prefix, tokenizer=tokenizer)
-    return prefix
 
 
 def flags(**values):
@@ -109,18 +75,23 @@ def run_cases(folder, ranks, cases, *, script=__file__):
         {"name": name, "port": port, "flags": case} for (name, case), port in zip(cases.items(), ports, strict=True)
     ]
     (folder / "cases.json").write_text(json.dumps(plan))
+    run_ranks([script, folder / "cases.json"], ranks, logs=folder)
+    return {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
+
+
+def run_ranks(words, ranks, *, logs):
+    """Run the script and arguments `words` on `ranks` ranks; one that fails fails the test with what all said."""
+    world = {
+        "WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": "127.0.0.1",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
     processes = []
     for rank in range(ranks):
-        env = os.environ | {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "OMP_NUM_THREADS": "1",
-            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-        }
-        command = [sys.executable, "-W", "ignore", str(script), str(folder / "cases.json")]
-        with open(folder / f"rank-{rank}.log", "wb") as log:
+        env = os.environ | world | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        with open(logs / f"rank-{rank}.log", "wb") as log:
+            command = [sys.executable, "-W", "ignore", *map(str, words)]
             processes.append(subprocess.Popen(command, env=env, stdout=log, stderr=subprocess.STDOUT))
     try:
         codes = wait(processes)
@@ -128,9 +99,7 @@ def run_cases(folder, ranks, cases, *, script=__file__):
         for process in processes:
             process.kill()
             process.wait()
-    logs = "\n".join((folder / f"rank-{rank}.log").read_text() for rank in range(ranks))
-    assert codes == [0] * ranks, logs
-    return {name: json.loads((folder / f"{name}.json").read_text()) for name in cases}
+    assert codes == [0] * ranks, "\n".join((logs / f"rank-{rank}.log").read_text() for rank in range(ranks))
 
 
 def wait(processes, seconds=400):
@@ -141,6 +110,23 @@ def wait(processes, seconds=400):
             break
         time.sleep(0.05)
     return [process.poll() for process in processes]
+
+
+def start(words, *, ranks=1, **variables):
+    """Start `temper train sft` with the flags `words`, or the settings in a dict, in a process of its own."""
+    words = flags(**words) if isinstance(words, dict) else words
+    command = [sys.executable, "-m", "toolkits.cli", "train", "sft", *map(str, words), "--ranks", str(ranks)]
+    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
+    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finished(process):
+    """Wait for a process; return its exit code and what it said on stdout and stderr."""
+    try:
+        out, err = process.communicate(timeout=240)
+    finally:
+        process.kill()
+    return process.returncode, out, err
 
 
 def free_ports(count):

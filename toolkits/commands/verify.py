@@ -1,15 +1,21 @@
-"""`temper verify`: is a converted model the same model, as its logits say?"""
+"""`temper verify`: is a converted model the same model, as its logits say? `card` asks that of a whole family."""
 
 from pathlib import Path
 
 import click
 
 from ..foundation.errors import CheckpointError, UsageError
+from .lazy import LazyGroup
 
 _FOLDER = click.Path(path_type=Path)
+COMMANDS = {
+    "card": ("toolkits.commands.verify_card", "card", "Check a model family on tiny models and write its card."),
+}
 
 
-@click.group(invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(
+    cls=LazyGroup, table=COMMANDS, invoke_without_command=True, context_settings={"help_option_names": ["-h", "--help"]}
+)
 @click.option("--logits", "pair", nargs=2, type=_FOLDER, metavar="HF MCORE", help="The two directories to run.")
 @click.option("--text", "texts", multiple=True, help="Text to run them on; can be given several times.")
 @click.option("--file", "file", type=click.Path(path_type=Path), help="A text file to run them on.")
@@ -29,12 +35,14 @@ def verify(
     max_tokens: int,
     tolerance: float,
 ) -> None:
-    """Run a HuggingFace model in transformers and its Megatron-core directory in GPTModel, both in fp32.
+    """Run a HuggingFace model in transformers and its Megatron-core directory in GPTModel, both in fp32 (--logits).
 
     Exit code 4 when a logit differs by more than the tolerance. Without text, on 256 random tokens. Bits are
     compared by `temper convert verify`.
     """
     if context.invoked_subcommand is not None:
+        if pair is not None:
+            raise UsageError(f"--logits and {context.invoked_subcommand} are two commands: run one behind the other")
         return
     if pair is None:
         raise UsageError("say what to verify: temper verify --logits HF MCORE (bits: temper convert verify A B)")

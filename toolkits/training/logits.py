@@ -2,10 +2,10 @@
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -16,6 +16,9 @@ from conversion.settings import mcore_settings, untrainable_reasons
 from ..foundation.errors import CheckpointError, UsageError
 from .config import ComputeSettings
 from .layout import Layout
+
+if TYPE_CHECKING:  # it imports megatron-core, which needs a prepared process
+    from .parallel.model import Chunks
 
 ROW = 512  # tokens that attend to each other
 
@@ -66,14 +69,19 @@ def compare_logits(hf: Path, mcore: Path, tokens: Sequence[int]) -> Comparison:
     for reason in untrainable_reasons(config):
         print(f"note: {reason}", file=sys.stderr, flush=True)
     with torch.no_grad():
-        theirs = _of_transformers(hf, rows)
-        ours = _of_megatron(step, mcore_settings(config), rows)
+        theirs = of_transformers(hf, rows)
+        ours = _of_megatron_alone(step, mcore_settings(config), rows)
     if theirs[0].shape != ours[0].shape:
         sizes = f"{theirs[0].shape[-1]} and {ours[0].shape[-1]}"
         raise CheckpointError(f"{hf} and {mcore} have vocabularies of {sizes} tokens")
+    return compared(theirs, ours)
+
+
+def compared(theirs: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> Comparison:
+    """Hold logits [b, s, vocabulary] against those of the truth, row by row."""
     pairs = list(zip(theirs, ours, strict=True))
     return Comparison(
-        tokens=len(tokens),
+        tokens=sum(a[..., 0].numel() for a in theirs),
         agreed=sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in pairs),
         # A NaN on one side is no small difference.
         difference=max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in pairs),
@@ -81,8 +89,11 @@ def compare_logits(hf: Path, mcore: Path, tokens: Sequence[int]) -> Comparison:
     )
 
 
-def _of_transformers(directory: Path, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Return the logits [1, s, vocabulary] of each row of token ids [1, s]."""
+def of_transformers(directory: Path, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Return the logits fp32 [b, s, vocabulary] that transformers computes for each `rows` of token ids [b, s].
+
+    Raises CheckpointError when transformers cannot load the directory.
+    """
     from transformers import AutoModelForCausalLM
 
     try:
@@ -99,27 +110,58 @@ def _of_transformers(directory: Path, rows: Sequence[torch.Tensor]) -> list[torc
     return [model(row).logits.float() for row in rows]
 
 
-def _of_megatron(step: Path, settings: dict[str, Any], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def _of_megatron_alone(step: Path, settings: dict[str, Any], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     from .parallel.world import process_groups
 
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     os.environ.update(alone)
     layout = Layout(world=1, tensor=1, pipeline=1, sequence=False, micro_batches=1)
     with process_groups(layout, seed=0):
-        from .parallel.model import build_model
-        from .weights import load_mcore
-
-        exact = ComputeSettings(precision="fp32", flash_attention=False)
-        chunks = build_model(settings, layout, exact, initialize=False)
-        load_mcore(chunks, step)
-        (model,) = chunks
-        model.eval()
-        device = next(model.parameters()).device
-        return [_forward(model, row.to(device))[..., : settings["vocab_size"]].float().cpu() for row in rows]
+        return of_megatron(step, settings, layout, rows)
 
 
-def _forward(model: torch.nn.Module, row: torch.Tensor) -> torch.Tensor:
-    size = row.shape[1]
-    positions = torch.arange(size, device=row.device)[None]
-    later = torch.ones(size, size, dtype=torch.bool, device=row.device).triu(1)[None, None]
-    return model(row, positions, later, runtime_gather_output=True)
+def of_megatron(
+    step: Path, settings: dict[str, Any], layout: Layout, rows: Sequence[torch.Tensor]
+) -> list[torch.Tensor]:
+    """Return the logits fp32 [b, s, vocabulary] that GPTModel computes for each `rows` of token ids [b, s].
+
+    All ranks of `layout`, whose process groups are up, call it; those that are not of the last pipeline stage get an
+    empty list. `step` is a torch_dist folder; raises CheckpointError when it does not fit `settings`.
+    """
+    from .parallel.model import build_model
+    from .weights import load_mcore
+
+    exact = ComputeSettings(precision="fp32", flash_attention=False)
+    chunks = build_model(settings, layout, exact, initialize=False)
+    load_mcore(chunks, step)
+    for chunk in chunks:
+        chunk.eval()
+    with torch.no_grad():
+        return [logits[..., : settings["vocab_size"]].float().cpu() for row in rows for logits in forward(chunks, row)]
+
+
+def forward(chunks: "Chunks", row: torch.Tensor) -> list[torch.Tensor]:
+    """Run token ids [b, s] through the pipeline by megatron-core's own schedule.
+
+    Returns one tensor of logits [b, s, padded vocabulary] on the last stage, nothing on the others.
+    """
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    batch, size = row.shape
+    ids = row.to(next(chunks[0].parameters()).device)
+    positions = torch.arange(size, device=ids.device).expand(batch, size)
+    later = torch.ones(size, size, dtype=torch.bool, device=ids.device).triu(1)[None, None]
+
+    def run(_: object, model: torch.nn.Module) -> tuple[torch.Tensor, Callable[..., torch.Tensor]]:
+        return model(ids, positions, later, runtime_gather_output=True), lambda logits, non_loss_data: logits
+
+    return get_forward_backward_func()(
+        forward_step_func=run,
+        data_iterator=[None] * len(chunks),
+        model=list(chunks),
+        num_microbatches=1,
+        seq_length=size,
+        micro_batch_size=batch,
+        forward_only=True,
+        collect_non_loss_data=True,
+    )

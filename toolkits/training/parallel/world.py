@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +16,8 @@ from . import mcore_patches
 STAGE_SEED = 100
 TIMEOUT = datetime.timedelta(minutes=30)
 
+_brought_up: Counter[str] = Counter()  # groups at each port
+
 
 @contextlib.contextmanager
 def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
@@ -24,7 +27,12 @@ def process_groups(layout: Layout, *, seed: int) -> Iterator[None]:
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     backend = "nccl" if torch.cuda.is_available() else "gloo"
-    torch.distributed.init_process_group(backend, timeout=TIMEOUT)
+    # One store serves all groups that the same ranks bring up one after the other: each under a name of its own.
+    store, this, world = next(torch.distributed.rendezvous("env://", timeout=TIMEOUT))
+    port = os.environ["MASTER_PORT"]
+    names = torch.distributed.PrefixStore(f"groups-{_brought_up[port]}", store)
+    _brought_up[port] += 1
+    torch.distributed.init_process_group(backend, store=names, rank=this, world_size=world, timeout=TIMEOUT)
     parallel_state.initialize_model_parallel(
         layout.tensor,
         layout.pipeline,
