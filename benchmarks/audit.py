@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import click
-from preprocessing import BUILD, ROWS, english_words, make_corpus, run
+from preprocessing import BUILD, ROWS, make_corpus, run, words_of
 
 
 @click.command(help=__doc__)
@@ -23,7 +23,7 @@ from preprocessing import BUILD, ROWS, english_words, make_corpus, run
 def main(tokenizer: Path, rows: int, pairs: int) -> None:
     with TemporaryDirectory() as folder:
         source, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
-        size = make_corpus(source, rows, english_words(tokenizer))
+        size = make_corpus(source, rows, words_of(tokenizer))
         words = ["--tokenizer", str(tokenizer.resolve())]
         allowed = ["--seq-len", "2048", "--allow", "too_long", "--allow", "all_masked"]
         jobs = {

@@ -15,10 +15,12 @@ from unittest import mock
 import numpy as np
 import torch
 from bare_loop import BareLoop
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import BPE
 
 import toolkits.training.run as line
+from conversion.plan import plan_for
 from data_preprocessing.writer import DatasetWriter
 from toolkits.planning.timing import PEAK_FLOPS, flops_per_token
 from toolkits.planning.weights import Tuning, sizes_of
@@ -60,6 +62,15 @@ SHAPES: dict[str, dict[str, Any]] = {  # of the published Qwen2.5 configs
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
+    "small": {
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 8192,
+        "tie_word_embeddings": True,
+    },
     "tiny": {
         "hidden_size": 256,
         "intermediate_size": 704,
@@ -99,9 +110,32 @@ def packing_on_cpu(*, pairs: int) -> dict[str, Any]:
     return {"ratio": float(np.median(kept)), "lowest": min(kept), "highest": max(kept), "pairs": len(kept)}
 
 
+def lora_on_cpu(*, pairs: int) -> dict[str, Any]:
+    """Return how long a step takes that trains LoRA adapters of rank 16, as a share of one that trains all weights."""
+    torch.set_num_threads(1)
+    flags = ["--seq-len", "512", "--global-batch-size", "4", "--train-iters", "6", "--precision", "fp32"]
+    ratios = []
+    for _ in range(pairs):
+        lora, full = (
+            _run("small", [*flags, *more], _rate, rows_needed=24, weights=True) for more in (["--lora-rank", "16"], [])
+        )
+        ratios.append([full[rate] / lora[rate] for rate in ("tokens_per_second", "tokens_per_cpu_second")])
+    wall, cpu = np.array(ratios[1:]).T
+    return {
+        "ratio": float(np.median(wall)),
+        "lowest": float(wall.min()),
+        "highest": float(wall.max()),
+        "cpu_time_ratio": float(np.median(cpu)),
+        "pairs": len(wall),
+    }
+
+
 def _rate(run: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
-    figures = [train_step(run, index, batches)[0] for index in range(run.steps)][1:]
-    return {"tokens_per_second": sum(each.tokens for each in figures) / sum(each.seconds for each in figures)}
+    train_step(run, 0, batches)
+    began = _now()
+    tokens = sum(train_step(run, index, batches)[0].tokens for index in range(1, run.steps))
+    wall, cpu = _now() - began
+    return {"tokens_per_second": tokens / wall, "tokens_per_cpu_second": tokens / cpu}
 
 
 def _speed(run: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
@@ -160,8 +194,11 @@ def _now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int) -> dict[str, Any]:
-    """Start a training run of `shape` on this rank alone, with `measure` in the place of its loop."""
+def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int, weights: bool = False) -> dict[str, Any]:
+    """Start a training run of `shape` on this rank alone, with `measure` in the place of its loop.
+
+    It starts from random weights, which with `weights` are a checkpoint that it reads.
+    """
     found: dict[str, Any] = {}
 
     def measured(run: Training, batches: Iterator[MicroBatch]) -> Path:
@@ -173,7 +210,10 @@ def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int) ->
         model, data = _write_config(folder, SHAPES[shape]), folder / "data"
         seq_len = int(flags[flags.index("--seq-len") + 1])
         _write_conversations(data, vocabulary=SHAPES[shape]["vocab_size"], tokens=rows_needed * seq_len)
-        words = ["--checkpoint", "none", "--hf-config", model, "--data", data, "--output", folder / "out"]
+        if weights:
+            _write_weights(model)
+        start = ["--checkpoint", model] if weights else ["--checkpoint", "none", "--hf-config", model]
+        words = [*start, "--data", data, "--output", folder / "out"]
         config = parse_flags([*map(str, words), *CONSTANT_RATE, *flags])
         with (
             mock.patch.dict(os.environ, _alone()),
@@ -199,6 +239,17 @@ def _write_config(folder: Path, shape: dict[str, Any]) -> Path:
     path.write_text(json.dumps({**fixed, **rope, **shape}))
     Tokenizer(BPE()).save(str(path.with_name("tokenizer.json")))  # a run wants one; the data is tokens already
     return path.parent
+
+
+def _write_weights(folder: Path) -> None:
+    """Write a HuggingFace checkpoint of small random weights beside its config.json."""
+    plan, generator = plan_for(json.loads((folder / "config.json").read_text())), torch.Generator().manual_seed(1)
+    shapes = {name: step.parts[number].shape for name, (step, number) in plan.hf_tensors.items()}
+    save_file(
+        {name: torch.randn(shape, generator=generator) * 0.02 for name, shape in shapes.items()},
+        folder / "model.safetensors",
+        metadata={"format": "pt"},
+    )
 
 
 def _write_conversations(prefix: Path, *, vocabulary: int, tokens: int) -> None:

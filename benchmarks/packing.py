@@ -17,7 +17,7 @@ from tempfile import TemporaryDirectory
 
 import click
 import numpy as np
-from preprocessing import ROWS, english_words, make_corpus
+from preprocessing import ROWS, make_corpus, words_of
 
 from data_preprocessing.build import build
 from data_preprocessing.dataset import open_dataset
@@ -66,7 +66,7 @@ def lengths_of(prefix: Path | None, tokenizer: Path | None) -> tuple[str, np.nda
         return "drawn lengths", np.clip(drawn, 12, 2048).astype(np.int64)
     with TemporaryDirectory() as folder:
         source, out = Path(folder, "corpus.jsonl"), Path(folder, "out")
-        make_corpus(source, ROWS, english_words(tokenizer))
+        make_corpus(source, ROWS, words_of(tokenizer))
         build(source, out, tokenizer=tokenizer)
         return "the corpus of benchmarks/preprocessing.py", np.array(open_dataset(out).lengths, np.int64)
 

@@ -1,11 +1,14 @@
 """The loops that others build datasets with, written anew from their descriptions, as what ours is measured against.
 
-    megatron    one text a row through the tokenizer, an end token behind it, plain tokens on disk; no chat template,
-                no mask (Megatron-LM, tools/preprocess_data.py)
-    pai         each turn through the chat template and the tokenizer, lists of tokens and labels, rows of 2 x SEQ_LEN
-                integers filled one behind the other (Pai-Megatron-Patch, its builder for fine-tuning)
+    megatron    a row: json.loads, the texts joined, one call of transformers' fast tokenizer, an end token behind it;
+                the list of ids travels to the first process, which makes an array of it and appends it to the .bin.
+                No chat template, no mask (Megatron-LM, tools/preprocess_data.py).
+    pai         a row: json.loads, the chat template and the tokenizer for each turn's conversation so far, a Python
+                loop over its tokens for the labels, both filled up to SEQ_LEN; the list of 2 x SEQ_LEN ints travels
+                to the first process, which makes an array of it and appends it (Pai-Megatron-Patch, its builder for
+                fine-tuning, a sample a row as it was measured: 1.2 GB for 74,775 samples).
 
-Both run in a pool of processes that hand Python lists back to the first one.
+Both run in a pool of processes. Neither imports torch, which the real ones do: that is in their favour here.
 """
 
 import json
@@ -35,18 +38,21 @@ def _plain(line: str) -> list[int]:
     return [*ids, tokenizer.eos_token_id]
 
 
-def _turns(line: str) -> tuple[list[int], list[int]]:
-    tokenizer, tokens, labels = STATE["tokenizer"], [], []
-    messages = json.loads(line)["messages"]
+def _turns(line: str) -> list[int]:
+    tokenizer, messages = STATE["tokenizer"], json.loads(line)["messages"]
+    tokens: list[int] = []
+    labels: list[int] = []
     for index, message in enumerate(messages):
-        text = tokenizer.apply_chat_template(messages[: index + 1], tokenize=False)
-        before = tokenizer.apply_chat_template(messages[:index], tokenize=False) if index else ""
-        ids = tokenizer(text[len(before) :])["input_ids"]
+        so_far = tokenizer.apply_chat_template(messages[: index + 1], tokenize=True, return_dict=False)
         trained = message["role"] == "assistant"
-        for token in ids:
+        for token in so_far[len(tokens) :]:
             tokens.append(token)
             labels.append(token if trained else -100)
-    return tokens[:SEQ_LEN], [*labels[1:SEQ_LEN], -100]
+    tokens, labels = tokens[:SEQ_LEN], labels[1 : SEQ_LEN + 1]
+    tokens[-1] = -1 - tokens[-1]
+    tokens += [tokenizer.pad_token_id] * (SEQ_LEN - len(tokens))
+    labels += [-100] * (SEQ_LEN - len(labels))
+    return tokens + labels
 
 
 def megatron(lines: Any, pool: Any, out: Path) -> None:
@@ -59,17 +65,11 @@ def megatron(lines: Any, pool: Any, out: Path) -> None:
 
 
 def pai(lines: Any, pool: Any, out: Path) -> None:
-    tokens: list[int] = []
-    labels: list[int] = []
     rows = 0
     with open(out.with_suffix(".bin"), "wb") as file:
-        for ids, wanted in pool.imap(_turns, lines, 32):
-            if len(tokens) + len(ids) > SEQ_LEN:
-                padding = SEQ_LEN - len(tokens)
-                file.write(np.array(tokens + [0] * padding + labels + [-100] * padding, np.int32).tobytes())
-                tokens, labels, rows = [], [], rows + 1
-            tokens += [*ids[:-1], -1 - ids[-1]]
-            labels += wanted
+        for row in pool.imap(_turns, lines, 32):
+            file.write(np.array(row, np.int32).tobytes())
+            rows += 1
     _write_index(out, [2 * SEQ_LEN] * rows)
 
 

@@ -14,7 +14,7 @@ from .filling import row_runs
 from .hf_checkpoint import read_config
 from .layout import DTYPES, dtype_named, name_of, same_bits, split, tops_of
 from .mcore_checkpoint import McoreCheckpoint, Region, hf_folder
-from .mcore_directory import is_weight
+from .mcore_directory import is_weight, require_model
 from .plan import MERGED_LAYERS, Plan, Repeat, Step, layer_key, plan_of_checkpoint
 
 # How a plain local layer spec says what Transformer Engine's fused layers, and so we, say otherwise.
@@ -39,6 +39,7 @@ class McoreAsHf:
 
     def __init__(self, directory: Path, *, dtype: str | None = None) -> None:
         self.checkpoint = McoreCheckpoint(directory)
+        require_model(self.checkpoint.step)
         self.hf_folder = hf_folder(directory)
         self.config = read_config(self.hf_folder)
         self.plan: Plan = plan_of_checkpoint(self.config, mcore=self.checkpoint.tensors)
@@ -67,6 +68,11 @@ class McoreAsHf:
         if getattr(self._last, "step", None) is not step:
             self._last.step, self._last.fused = step, self._fused(step)
         return split(self._last.fused, step.blocks, number)
+
+    @property
+    def casts(self) -> bool:
+        """Whether tensors are read in a type that was asked for."""
+        return self._cast is not None
 
     @property
     def left_out(self) -> list[str]:

@@ -47,6 +47,11 @@ class McoreCheckpoint:
         """
         return _joined(self._pieces(key, start, shape), shape)
 
+    def whole(self, key: str) -> torch.Tensor:
+        """Return a tensor; see `read`."""
+        shape = self.tensors[key].shape
+        return self.read(key, (0,) * len(shape), shape)
+
     def region(self, key: str, index: tuple[int, ...], shape: tuple[int, ...]) -> "Region":
         """Return what stands at `index` of the leading axes, `shape` without them; raises what `read` does."""
         lead = len(index)

@@ -17,6 +17,7 @@ from toolkits.foundation.errors import CheckpointError
 from .safe_files import read_json
 
 TRACKER_FILE = "latest_checkpointed_iteration.txt"
+ADAPTER_CONFIG = "adapter_config.json"  # as PEFT calls it
 RELEASE = "release"
 HF_FOLDER = "hf"
 TOKENIZER_FOLDER = "tokenizer"
@@ -84,6 +85,15 @@ def hf_folder(directory: Path) -> Path:
         f"{roots[-1]} has no config.json: copy config.json and the tokenizer files of the HuggingFace model "
         f"into {roots[-1] / HF_FOLDER}"
     )
+
+
+def require_model(step: Path) -> None:
+    """Raise CheckpointError for a step folder that holds a LoRA adapter and not a model."""
+    if (step / ADAPTER_CONFIG).is_file():
+        raise CheckpointError(
+            f"{step} holds a LoRA adapter, not a model; `temper convert merge BASE {step} OUT` puts both together, "
+            f"`temper train --adapter {step}` trains it further"
+        )
 
 
 def require_torch_dist(step: Path) -> None:

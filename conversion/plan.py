@@ -87,6 +87,26 @@ class Step:
         """Whether the rows are those of the vocabulary, which other tools pad."""
         return self.parts[0].axes[0] == "vocab"
 
+    @property
+    def is_linear(self) -> bool:
+        """Whether it is a matrix of a layer's attention, MLP or experts: what adapters stand beside."""
+        return self.key.startswith(MERGED_LAYERS) and ".linear_" in self.key and len(self.shape) == 2
+
+    def sections(self, part: int) -> tuple[int, ...]:
+        """Return the rows of the tensors that lie under each other in a part, which ranks divide one by one."""
+        rows = self.parts[part].shape[0]
+        if len(self.parts) > 1:
+            return (rows,)
+        if self.shares > 1:
+            return tuple(block.rows * self.shares for block in self.blocks[: len(self.blocks) // self.shares])
+        return (rows // 2,) * 2 if ".linear_fc1." in self.key else (rows,)
+
+    @property
+    def shares(self) -> int:
+        """Into how many equal shares its tensors are cut, which lie interleaved; 1 when they lie whole."""
+        sections = sum(len(part.axes[0].split("+")) for part in self.parts)
+        return max(1, len(self.blocks) // sections)
+
 
 @dataclass(frozen=True)
 class TensorInfo:

@@ -103,7 +103,7 @@ def test_the_newer_spelling_of_a_config_is_exported_in_the_older_one_too(tmp_pat
     assert add_older_spelling(tmp_path) == []
 
 
-@pytest.mark.parametrize("name", ["tied", "llama2", "llama3.1", "mistral", "phi4-mini", "glm"])
+@pytest.mark.parametrize("name", ["tied", "llama2", "llama3.1", "mistral", "phi-partial-rotary", "glm"])
 def test_the_older_spelling_is_left_as_it_is(tmp_path, name):
     raw = json.dumps(MODELS[name], indent=7)
     (tmp_path / "config.json").write_text(raw)

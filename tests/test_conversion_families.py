@@ -116,7 +116,7 @@ NAMES = {
     "llama-biases": alike(attention(80, 48) | MLP | BIASES),
     "mistral": alike(attention(200, 120) | MLP),
     "phi3": alike(attention(80, 48) | MLP),
-    "phi4-mini": alike(attention(80, 48) | MLP, {}),
+    "phi-partial-rotary": alike(attention(80, 48) | MLP, {}),
     "glm": alike(attention(200, 120, bias=True) | MLP),
     "glm4": alike(attention(200, 120, bias=True) | MLP | POST_NORMS),
     "gemma2": alike(attention(200, 120) | MLP | POST_NORMS, {}),

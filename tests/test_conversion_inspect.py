@@ -138,7 +138,8 @@ def test_a_vocabulary_that_was_padded_or_cut(hf, mcore, tmp_path):
 
 def test_other_folders(tmp_path, hf):
     (tmp_path / "old" / "iter_0000010" / "mp_rank_00").mkdir(parents=True)
-    assert "mp_rank" in inspect(tmp_path / "old")["format"] + problems_of(tmp_path / "old")
+    assert "older format (mp_rank folders)" in inspect(tmp_path / "old")["format"]
+    assert "mp_rank" in problems_of(tmp_path / "old")
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "chats_text_document.idx").touch()
     assert inspect(tmp_path / "data")["format"] == "folder of datasets (see temper data show)"

@@ -83,16 +83,12 @@ def test_every_tensor_is_in_the_report_of_an_import(mcore, hf):
     sources = [name for entry in report["tensors"] for name in entry["source"]]
     assert sorted(sources) == sorted(tensors)  # each exactly once
     entries = {entry["target"]: entry for entry in report["tensors"]}
-    norm, down = entries["decoder.final_layernorm.weight"], entries["decoder.layers.mlp.linear_fc2.weight[3]"]
-    assert norm["sha256"] == sha256(tensors["model.norm.weight"])
-    assert down["sha256"] == sha256(tensors["model.layers.3.mlp.down_proj.weight"]) and down["shape"] == [48, 112]
-    # Query, key and value of each of two groups, one below the other.
-    query, key, value = (tensors[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv")
-    groups = [
-        torch.cat([query[24 * n : 24 * n + 24], key[8 * n : 8 * n + 8], value[8 * n : 8 * n + 8]]) for n in (0, 1)
-    ]
-    assert entries[f"{QKV}[1]"]["sha256"] == sha256(torch.cat(groups))
+    for entry in entries.values():  # what is fused is named and hashed part by part
+        assert entry["sha256"] == [sha256(tensors[name]) for name in entry["source"]]
+    assert entries["decoder.final_layernorm.weight"]["source"] == ["model.norm.weight"]
+    assert entries["decoder.layers.mlp.linear_fc2.weight[3]"]["shape"] == [48, 112]
     assert entries[f"{QKV}[1]"]["source"] == [f"model.layers.1.self_attn.{name}_proj.weight" for name in "qkv"]
+    assert entries[f"{QKV}[1]"]["shape"] == [80, 48]
 
 
 def test_experts_are_called_by_layer_and_expert(tmp_path):
@@ -102,7 +98,7 @@ def test_experts_are_called_by_layer_and_expert(tmp_path):
     entries = {entry["target"]: entry for entry in report_of(tmp_path / "mcore")["tensors"]}
     down = entries["decoder.layers.mlp.experts.experts.linear_fc2.weight[3, 1]"]
     assert down["source"] == ["model.layers.3.mlp.experts.1.down_proj.weight"]
-    assert down["sha256"] == sha256(tensors["model.layers.3.mlp.experts.1.down_proj.weight"])
+    assert down["sha256"] == [sha256(tensors["model.layers.3.mlp.experts.1.down_proj.weight"])]
 
 
 def test_every_other_file_is_copied_and_hashed(mcore, hf):  # [45]
@@ -142,7 +138,7 @@ def test_there_is_no_report_where_there_is_no_output(hf, tmp_path, monkeypatch):
 
 
 def test_an_intact_directory(mcore, back):
-    assert verify_record(mcore) == verify_record(mcore / "release") == "31 tensors and 9 files, as the report says"
+    assert verify_record(mcore) == verify_record(mcore / "release") == "51 tensors and 9 files, as the report says"
     assert verify_record(back).startswith("51 tensors and 5 files")
     done = CliRunner().invoke(command, ["verify", str(back)], catch_exceptions=False)
     assert done.exit_code == 0 and "intact: 51 tensors" in done.output
@@ -158,15 +154,21 @@ def test_a_flipped_bit_is_named_with_both_hashes(mcore, back, hf):  # [23]
             verify_record(folder)
 
 
-def test_a_flipped_bit_stops_an_import(mcore, back, hf, tmp_path):  # [23]
-    value = load_file(hf / "model.safetensors")["model.layers.1.mlp.down_proj.weight"]
+# One tensor that is written as it is stored, whose hash is taken once; one of several that are fused; one that is cast.
+@pytest.mark.parametrize(
+    ("part", "choices"),
+    [("mlp.down_proj", {}), ("mlp.up_proj", {}), ("self_attn.v_proj", {}), ("mlp.down_proj", {"dtype": "bf16"})],
+)
+def test_a_flipped_bit_stops_an_import(mcore, back, hf, tmp_path, part, choices):  # [23]
+    value = load_file(hf / "model.safetensors")[f"model.layers.1.{part}.weight"]
+    value = value[: len(value) // 2]  # of keys and values the first of two groups, which lies whole everywhere
     for folder, convert in ((mcore, mcore_to_hf.convert), (back, hf_to_mcore.convert)):
         file = flip_weight(folder, value)
         with pytest.raises(CheckpointError, match=rf"{file}: .* has sha256 \w+, expected \w+"):
-            convert(folder, tmp_path / "out")
+            convert(folder, tmp_path / "out", **choices)
         assert not (tmp_path / "out").exists()
         (folder / REPORT_FILE).unlink()  # changed on purpose
-        convert(folder, tmp_path / f"out of {folder.name}")
+        convert(folder, tmp_path / f"out of {folder.name}", **choices)
 
 
 def test_a_changed_tokenizer_is_named_but_stops_no_import(back, tmp_path):  # [23] [45]
@@ -204,7 +206,7 @@ def test_a_step_of_training_is_held_against_its_manifest(mcore, tmp_path):  # [2
 @pytest.mark.parametrize("record", [REPORT_FILE, "manifest.json"])
 def test_a_record_of_a_later_version(mcore, record):  # [43]
     path = mcore / record if record == REPORT_FILE else mcore / "release" / record
-    path.write_text(json.dumps({"version": 2, "temper": "9.9.0", "files": {}, "tensors": []}))
+    path.write_text(json.dumps({"version": 3, "temper": "9.9.0", "files": {}, "tensors": []}))
     with pytest.raises(CheckpointError, match=rf"{record} was written by a newer Temper \(9.9.0\); use that one"):
         verify_record(mcore)
 
@@ -214,12 +216,15 @@ def test_a_record_of_a_later_version(mcore, record):  # [43]
     [
         ("{", "is not JSON"),
         ("{}", "its version is None"),
-        ('{"version": 1}', "it has no tensors with hashes"),
-        ('{"version": 1, "tensors": [3]}', "it has no tensors with hashes"),
-        ('{"version": 1, "tensors": [], "files": {"a": 1}}', "it has no files with sizes and hashes"),
-        ('{"version": 1, "tensors": [], "files": {"../hf/config.json": [1, "x"]}}', r"unsafe path '../hf/config.json'"),
-        ('{"version": 1, "tensors": [], "files": {}}', r"decoder.final_layernorm.weight is not named"),
-        ('{"version": 1, "tensors": [{"target": "x", "sha256": "y"}], "files": {}}', r"x is not there"),
+        ('{"version": 1, "tensors": []}', "its version is 1; remove it to go without it"),
+        ('{"version": 2}', "it has no tensors with hashes"),
+        ('{"version": 2, "tensors": [3]}', "it has no tensors with hashes"),
+        ('{"version": 2, "tensors": [{"source": ["x"], "sha256": ["y", "z"]}]}', "it has no tensors with hashes"),
+        ('{"version": 2, "tensors": [], "files": {"a": 1}}', "it has no files with sizes and hashes"),
+        ('{"version": 2, "tensors": [], "files": {"../hf/config.json": [1, "x"]}}', r"unsafe path '../hf/config.json'"),
+        ('{"version": 2, "tensors": [], "files": {}}', r"model.norm.weight is not named"),
+        ('{"version": 2, "tensors": [{"target": "x", "sha256": "y"}], "files": {}}', r"x is not there"),
+        ('{"version": 2, "tensors": [{"source": ["x"], "sha256": ["y"]}], "files": {}}', r"x is not there"),
     ],
 )
 def test_a_damaged_report(mcore, content, said):

@@ -1,4 +1,4 @@
-"""The faults of reading and keeping checkpoints, by their number, and the tests that hold what the user sees.
+"""The faults of checkpoints and of data, by their number, and the tests that hold what the user sees.
 
 A number in brackets behind a test's name says the same in its place.
 """
@@ -117,6 +117,7 @@ ROWS = {
         "test_conversion_directory::test_a_tied_megatron_directory_may_carry_its_output_layer_when_it_is_the_embedding",
         "test_conversion_faults::test_a_tied_checkpoint_may_carry_its_output_layer_when_it_is_the_embedding",
         "test_conversion_mcore::test_a_directory_that_megatron_core_saved_exports",
+        "test_planning::test_tied_embeddings_of_a_pipeline_are_said",
     ),
     40: (
         "sizes are read, not listed",
@@ -150,11 +151,155 @@ ROWS = {
         "test_conversion_report::test_a_changed_tokenizer_is_named_but_stops_no_import",
         "test_conversion_export::test_tokenizer_and_template_are_those_of_the_source",
     ),
+    46: (
+        "malformed JSON",
+        "test_data_records::test_a_malformed_line_is_explained_and_clipped",
+        "test_data_records::test_a_malformed_list_is_located_by_line",
+        "test_data_build::test_skipped_rows_are_written_down_with_their_reasons",
+    ),
+    47: (
+        "a last line that was cut off",
+        "test_data_records::test_a_malformed_line_is_explained_and_clipped",
+    ),
+    48: (
+        "bytes that are no UTF-8",
+        "test_data_records::test_bytes_of_another_encoding_are_located_and_read_on_request",
+    ),
+    49: (
+        "marks, CRLF and blank lines",
+        "test_data_records::test_marks_crlf_and_blank_lines_are_accepted_and_counted",
+    ),
+    50: (
+        "a lone surrogate",
+        "test_data_records::test_an_escaped_lone_surrogate_reaches_the_check",
+    ),
+    51: (
+        "a list in a .jsonl file",
+        "test_data_records::test_lists_and_lines_are_told_apart_by_content",
+    ),
+    52: (
+        "alpaca without input",
+        "test_data_records::test_alpaca_joins_instruction_and_input_by_a_newline",
+    ),
+    53: (
+        "content that is no text",
+        "test_data_records::test_a_bad_row_is_named",
+    ),
+    54: (
+        "an answer without a token",
+        "test_data_records::test_a_bad_row_is_named",
+        "test_data_chat::test_a_row_of_which_nothing_is_trained_is_an_error",
+    ),
+    55: (
+        "a row of which nothing is trained",
+        "test_data_audit_tokens::test_prompts_as_long_as_the_row_are_all_masked",
+    ),
+    56: (
+        "rows that are too long",
+        "test_data_audit_tokens::test_too_long_rows_say_how_many_and_where_the_longest_is",
+        "test_training_batches::test_too_long_can_drop_or_stop",
+        "test_data_doubled::test_conversations_that_are_too_long_are_cut_behind_a_whole_answer_or_refused",
+    ),
+    57: (
+        "turns out of order",
+        "test_data_records::test_a_bad_row_is_named",
+        "test_data_records::test_neighbours_of_one_role_are_joined_on_request",
+    ),
+    58: (
+        "an unknown role",
+        "test_data_records::test_a_bad_row_is_named",
+    ),
+    59: (
+        "control text in a message",
+        "test_data_chat::test_control_text_in_a_message_stays_text",
+    ),
+    60: (
+        "special tokens that are missing or doubled",
+        "test_data_audit_tokens::test_a_template_that_writes_bos_twice",
+        "test_data_audit_tokens::test_endings_are_those_that_a_loop_finds",
+    ),
+    61: (
+        "a prompt that does not begin the text",
+        "test_data_templates::test_a_prompt_that_does_not_begin_the_text_shows_both",
+    ),
+    62: (
+        "an end that generation does not stop at",
+        "test_data_audit_tokens::test_the_end_that_generation_does_not_stop_at",
+        "test_conversion_export::test_generation_ends_where_answers_were_trained_to_end",
+    ),
+    63: (
+        "padding that is the end token",
+        "test_data_chat::test_the_mask_goes_by_position_not_by_the_pad_token",
+    ),
+    64: (
+        "another tokenizer",
+        "test_training_faults::test_a_dataset_of_another_tokenizer_is_refused_with_both_names",
+    ),
+    65: (
+        "a token without an embedding row",
+        "test_training_start::test_a_token_without_an_embedding_row_is_found_with_its_row",
+    ),
+    66: (
+        "a file of a pair is missing",
+        "test_data_dataset::test_damage_is_seen_at_the_door",
+        "test_data_dataset::test_an_unfinished_build_is_mentioned",
+    ),
+    67: (
+        "a .bin of another size",
+        "test_data_dataset::test_damage_is_seen_at_the_door",
+    ),
+    68: (
+        "a damaged .idx",
+        "test_data_dataset::test_damage_is_seen_at_the_door",
+    ),
+    69: (
+        "a builder that was killed",
+        "test_data_build::test_a_killed_builder_leaves_the_old_dataset_whole",
+    ),
+    70: (
+        "two builders on one prefix",
+        "test_data_build::test_two_builders_on_one_prefix",
+    ),
+    71: (
+        "a worker that dies",
+        "test_data_workers::test_a_process_that_dies_is_named_with_its_rows",
+    ),
+    72: (
+        "labels beside unsigned tokens",
+        "test_data_dataset::test_the_bytes_are_these",
+    ),
+    73: (
+        "more than 2^31 bytes",
+        "test_data_dataset::test_offsets_beyond_four_gigabytes_are_right",
+    ),
+    74: (
+        "another SEQ_LEN than the doubled set's",
+        "test_data_doubled::test_there_and_back_is_equal_token_for_token",
+        "test_training_start::test_data_of_another_seq_len_is_read_and_said",
+    ),
+    75: (
+        "files of two builds",
+        "test_data_dataset::test_files_of_two_builds_are_not_taken_for_one",
+    ),
+    76: (
+        "overlap, copies, equal sides, one class",
+        "test_data_audit::test_copies_and_rows_that_are_nearly_equal",
+        "test_data_audit::test_what_of_the_validation_set_is_trained_on",
+        "test_data_audit::test_equal_sides_of_a_pair_are_named",
+        "test_data_audit::test_labels_of_one_class",
+    ),
+    77: (
+        "too little data",
+        "test_training_start::test_too_little_data_is_said_with_numbers",
+        "test_data_audit_tokens::test_fewer_rows_than_a_global_batch",
+        "test_data_audit_tokens::test_a_validation_set_without_rows",
+        "test_data_filter_choice::test_a_part_that_would_be_empty_is_refused",
+    ),
 }
 
 
 def test_every_fault_has_its_row():
-    assert sorted(ROWS) == list(range(16, 46))
+    assert sorted(ROWS) == list(range(16, 78))
 
 
 @pytest.mark.parametrize("row", ROWS)

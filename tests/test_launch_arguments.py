@@ -1,86 +1,21 @@
-"""The launcher's table: every value of every position, NAME, the checks, --help, DRY_RUN."""
+"""A launcher's call: what it becomes, NAME, the checks, the variables, DRY_RUN."""
 
 import json
 import re
 import shlex
-import string
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from launch_world import NODE, QWEN, SEVEN_B, check, line, refusal
 
-from conversion.families import FAMILIES
-from toolkits.foundation.errors import CheckpointError, DataError, MachineError, TemperError, UsageError
+from toolkits.foundation.errors import CheckpointError, DataError
 from toolkits.launch import checks
 from toolkits.launch.__main__ import launch
-from toolkits.launch.arguments import CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry, Launcher
-from toolkits.launch.checks import Launch, check_call
+from toolkits.launch.checks import check_call
 from toolkits.launch.kinds import human_size
 from toolkits.launch.nodes import Nodes
-from toolkits.launch.table import LAUNCHER_MARKS, MARKS, markdown_launchers, markdown_table
-from toolkits.training.config import all_settings
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-QWEN = LAUNCHERS["qwen"]
-NAMES = [entry.name for entry in QWEN.positions]
-SEED_LINE = shlex.split(
-    "dsw 7B 1 8 1e-5 1e-6 128 128 bf16 1 1 1 true true true true false false 100 DATA VALID CKPT 1000 100 OUT"
-)
-NODE = {
-    "WORLD_SIZE": "4",
-    "RANK": "3",
-    "MASTER_ADDR": "node-0",
-    "MASTER_PORT": "29500",
-    "NPROC_PER_NODE": "2",
-}
-SEVEN_B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1000000.0,
-    "initializer_range": 0.02,
-    "max_position_embeddings": 32768,
-    "torch_dtype": "bfloat16",
-}
-
-
-@pytest.fixture(autouse=True)
-def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with a space that holds all that the seed's line names, on a machine without a GPU."""
-    folder = tmp_path / "with space"
-    (folder / "CKPT" / "hf").mkdir(parents=True)
-    (folder / "CKPT" / "hf" / "config.json").write_text(json.dumps(SEVEN_B))
-    for name in ("DATA", "VALID"):
-        for ending in (".bin", ".idx"):
-            (folder / f"{name}_text_document{ending}").touch()
-    monkeypatch.chdir(folder)
-    monkeypatch.setattr(checks, "visible_gpus", lambda: 0)
-    for entry in (*VARIABLES, *CLUSTER_VARIABLES):
-        monkeypatch.delenv(entry.name, raising=False)
-    yield folder
-
-
-def line(**changes: str) -> list[str]:
-    """The seed's line with other words at some positions."""
-    assert set(changes) <= set(NAMES)
-    return [changes.get(name, word) for name, word in zip(NAMES, SEED_LINE, strict=True)]
-
-
-def check(environment: dict[str, str] | None = None, **changes: str) -> Launch:
-    return check_call(QWEN, line(**changes), environment or {})
-
-
-def refusal(environment: dict[str, str] | None = None, **changes: str) -> TemperError:
-    with pytest.raises(TemperError) as caught:
-        check(environment, **changes)
-    return caught.value
+pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_the_seeds_line_becomes_these_settings() -> None:
@@ -103,120 +38,6 @@ def test_the_seeds_line_becomes_these_settings() -> None:
 
 
 OFFLOADS = {"false": "0", "static": "1", "auto": "auto", "0.3": "0.3"}
-CASES = [
-    (entry, word, position)
-    for position, entries in ((True, QWEN.positions), (False, (*VARIABLES, *CLUSTER_VARIABLES)))
-    for entry in entries
-    for word in entry.kind.examples
-]
-
-
-@pytest.mark.parametrize(("entry", "word", "position"), CASES, ids=[f"{entry.name}={word}" for entry, word, _ in CASES])
-def test_every_value_works_or_is_refused_by_name(entry: Entry, word: str, position: bool) -> None:
-    if word == "fp8":
-        error = refusal(PR=word)
-        assert isinstance(error, MachineError) and "this machine has no GPU; use bf16" in str(error)
-        return
-    if position and entry.kind.__class__.__name__ != "Text":
-        call = dict(zip(NAMES, line(), strict=True)) | _companions(entry.name, word) | {entry.name: word}
-        assert check(NODE if word == "dlc" else {}, **call)
-    elif entry in CLUSTER_VARIABLES:
-        assert check({**NODE, **_companions(entry.name, word), entry.name: word}, ENV="dlc")
-    elif not position and entry.kind.__class__.__name__ != "Text":
-        assert check({entry.name: word}, **_companions(entry.name, word))
-
-
-def _companions(name: str, word: str) -> dict[str, str]:
-    """Words that make `word` at `name` consistent with the rest of the line."""
-    if name == "MODEL_SIZE":
-        _fake_size(word)
-    if word == "raw":
-        Path("DATA").touch()
-        Path("VALID").touch()
-    return {
-        "GLOBAL_BATCH_SIZE": {"BATCH_SIZE": "1"},
-        "SEQ_LEN": {"PAD_LEN": "2"},
-        "MIN_LR": {"LR": "5"},
-        "LR": {"MIN_LR": "0"},
-        "WORLD_SIZE": {"RANK": "0"},
-        "MP_PP0_LAYERS": {"PP": "2"},
-        "MP_VP": {"PP": "7", "GLOBAL_BATCH_SIZE": "7"},
-        "TRAIN_TOKENS_OR_ITERS": {"WARMUP_TOKENS_OR_ITERS": "0"},
-        "SFT": {"TRAIN_TOKENS_OR_ITERS": "1000000"},  # tokens, when it is false
-    }.get(name, {})
-
-
-def _fake_size(word: str) -> None:
-    """Give the checkpoint about as many parameters as `word` says, by its number of layers."""
-    if word == "auto":
-        return
-    wanted = float(word[:-1]) * (1e9 if word[-1] == "B" else 1e6)
-    small = SEVEN_B | {
-        "hidden_size": 896,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-        "intermediate_size": 4864,
-    }
-    small |= {"vocab_size": 1024}
-    layer = 896 * (896 * 2 + 256) + 3 * 896 * 4864
-    config = small | {"num_hidden_layers": max(1, round(wanted / layer))}
-    Path("CKPT/hf/config.json").write_text(json.dumps(config))
-
-
-def test_the_documented_values_are_the_ones_that_are_tried() -> None:
-    documented = {
-        "ENV": "dsw dlc", "PR": "bf16 fp16 fp32 fp8", "SP": "true false", "DO": "true false", "FL": "true false",
-        "SFT": "true false", "AC": "full sel offload false none", "MODEL_SIZE": "0.5B 1.5B 3B 7B 14B 32B 72B auto",
-        "OPTIMIZER_OFFLOAD": "false static auto 0.5", "MP_DATASET_TYPE": "idxmap raw", "RESUME": "auto never",
-        "MP_SFT_PACKING": "true false", "EXPORT_HF": "true false",
-    }  # fmt: skip
-    tried = {entry.name: set(entry.kind.examples) for entry in (*QWEN.positions, *VARIABLES)}
-    for name, words in documented.items():
-        assert set(words.split()) <= tried[name], name
-    assert len(QWEN.positions) == 25
-
-
-@pytest.mark.parametrize("launcher", LAUNCHERS.values(), ids=lambda launcher: launcher.model)
-def test_the_table_names_real_settings_and_the_name_real_positions(launcher: Launcher) -> None:
-    fields = {setting.name for setting in all_settings()}
-    for entry in (*launcher.positions, *VARIABLES):
-        assert entry.setting is None or entry.setting in fields
-    parts = {part for _, part, _, _ in string.Formatter().parse(launcher.name_shape) if part}
-    assert parts <= {*(entry.name for entry in launcher.positions), "task", "model"}
-    assert {"EP", "ETP"} & parts == {"EP", "ETP"} & {entry.name for entry in launcher.positions}
-
-
-def test_every_family_keeps_the_order_that_its_users_know() -> None:
-    order = {word: [entry.name for entry in launcher.positions] for word, launcher in LAUNCHERS.items()}
-    assert all(order[word] == NAMES for word in ("qwen", "llama", "phi", "glm"))
-    for word in ("qwen2", "mistral", "deepseek_v2"):
-        assert order[word] == [*NAMES[:12], "EP", *NAMES[12:]], word
-    for word in ("qwen3", "deepseek_v3"):
-        assert order[word] == [*NAMES[:12], "ETP", "EP", *NAMES[12:]], word
-
-
-def test_a_family_has_a_launcher_or_does_not_train() -> None:
-    started = {family for launcher in LAUNCHERS.values() for family in launcher.families}
-    assert started <= {family.name for family in FAMILIES}
-    assert {family.name for family in FAMILIES if not family.never_exact} == started
-
-
-def test_the_wrong_launcher_for_a_checkpoint_names_the_right_one() -> None:
-    with pytest.raises(UsageError, match=r"is a qwen2, run_mcore_qwen3\.sh is for qwen3 and qwen3_moe: use run_mcore"):
-        check_call(LAUNCHERS["qwen3"], [*SEED_LINE[:12], "1", "1", *SEED_LINE[12:]], {})
-    with pytest.raises(UsageError, match="EP=2 needs a model with experts"):
-        check_call(LAUNCHERS["qwen2"], [*SEED_LINE[:12], "2", *SEED_LINE[12:]], {"NPROC_PER_NODE": "2"})
-    job = check_call(LAUNCHERS["qwen2"], [*SEED_LINE[:12], "1", *SEED_LINE[12:]], {})
-    assert "-cp-1-ep-1-ac-false-" in job.config.output.name
-
-
-def test_the_readme_lists_the_launchers() -> None:
-    opening, closing = LAUNCHER_MARKS
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    assert readme.split(opening)[1].split(closing)[0].strip() == markdown_launchers()
-    assert {launcher.script for launcher in LAUNCHERS.values()} == {
-        path.name for path in (REPOSITORY / "run_scripts").glob("run_mcore_*.sh")
-    }
 
 
 @pytest.mark.parametrize(
@@ -377,32 +198,6 @@ def test_dry_run_prints_a_line_that_says_the_same(monkeypatch, capsys, home: Pat
     assert printed[start + 3 :] == config.flags()
 
 
-def test_help_prints_the_table(capsys) -> None:
-    assert launch(["qwen", "--help"]) == 0
-    out = capsys.readouterr().out
-    assert all(name in out for name in NAMES) and "EXTRA_ARGS" in out
-
-
-def test_a_wrong_number_of_arguments_shows_what_was_given(capsys) -> None:
-    shifted = [*SEED_LINE[:12], "4", *SEED_LINE[12:]]
-    with pytest.raises(UsageError, match="takes 25 arguments, 26 were given"):
-        launch(["qwen", *shifted])
-    err = capsys.readouterr().err
-    assert "too many" in err and "does not fit" in err
-    with pytest.raises(UsageError, match="0 were given"):
-        launch(["qwen"])
-    with pytest.raises(UsageError, match="say which launcher"):
-        launch(["gpt"])
-
-
-def test_the_readme_shows_this_table() -> None:
-    readme = (REPOSITORY / "README.md").read_text(encoding="utf-8")
-    opening, closing = MARKS
-    if opening not in readme:
-        pytest.skip("the README has no launcher table yet")
-    assert readme.split(opening)[1].split(closing)[0].strip() == markdown_table(QWEN)
-
-
 def test_flags_that_the_checks_rest_on_are_not_taken_from_extra_args() -> None:
     own = ("--checkpoint /elsewhere", "--name ../../esc", "--output=/elsewhere --lr 1", "--seq-len=2", "--rows x")
     for flags in own:
@@ -424,13 +219,6 @@ def test_context_virtual_stages_and_offload_reach_the_settings() -> None:
     offloads = {word: check(OPTIMIZER_OFFLOAD=word).config.optimizer.optimizer_offload for word in OFFLOADS}
     assert offloads == OFFLOADS
     assert "OPTIMIZER_OFFLOAD needs DO" in str(refusal(OPTIMIZER_OFFLOAD="auto", DO="false"))
-
-
-def test_every_entry_is_a_setting_or_the_launchers_own_business() -> None:
-    own = {"ENV", "MODEL_SIZE", "PAD_LEN", "SFT", "DRY_RUN", "EXTRA_ARGS", "NPROC_PER_NODE"}
-    own |= {"MP_DATASET_TYPE"}
-    entries = (*QWEN.positions, *VARIABLES)
-    assert {entry.name for entry in entries if entry.setting is None} == own
 
 
 def test_pre_training_counts_tokens_and_keeps_them_in_the_name(monkeypatch, capsys) -> None:
@@ -463,3 +251,19 @@ def test_a_blend_stands_in_one_word_and_each_of_its_sets_must_be_there() -> None
     error = refusal(DATASET_PATH="0.7 DATA VALID")
     assert re.search(r"DATASET_PATH \(position 20\) '0.7 DATA VALID' .*is no blend: it must be WEIGHT PATH", str(error))
     assert error.exit_code == 2
+
+
+def test_adapters_are_asked_for_by_variables_and_stand_in_the_name() -> None:
+    job = check({"PEFT": "lora"})
+    assert (job.config.lora.lora_rank, job.config.lora.lora_targets) == (16, "all")
+    assert job.config.output.name.endswith("-ti-1000-wi-100-lora-r-16")
+    job = check({"PEFT": "lora", "LORA_RANK": "4", "LORA_ALPHA": "8", "LORA_TARGETS": "q_proj,v_proj"})
+    assert (job.config.lora.lora_rank, job.config.lora.lora_alpha) == (4, 8)
+    assert job.config.output.name.endswith("-lora-r-4") and job.config.lora.lora_targets == "q_proj,v_proj"
+    assert job.config.lora.quantize == "none"
+    job = check({"PEFT": "qlora"})
+    assert (job.config.lora.lora_rank, job.config.lora.quantize) == (16, "nf4")
+    assert job.config.output.name.endswith("-qlora-r-16")
+    assert check({"PEFT": "qlora", "EXTRA_ARGS": "--quantize int8"}).config.lora.quantize == "int8"
+    assert "LORA_RANK is set without PEFT=lora" in str(refusal({"LORA_RANK": "4"}))
+    assert check({"PEFT": "none"}).config.output.name == check().config.output.name

@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 from safetensors.torch import save_file
 
+from conversion.digest import weights_digest
 from conversion.hf_checkpoint import copy_sidecar_files
 from toolkits.cli import temper
 from toolkits.foundation.errors import MachineError
@@ -18,7 +19,6 @@ from toolkits.monitoring.lineage import (
     made_by_origin,
     manifest_hash,
     origin_of,
-    weights_digest,
 )
 from toolkits.monitoring.record import LINEAGE, recorded
 

@@ -2,16 +2,14 @@
 
 import importlib.util
 import json
-import os
 import re
 import signal
 import subprocess
-import sys
 import time
 
 import psutil
 import pytest
-from training_world import ROOT, flags, write_dataset, write_model
+from training_world import ROOT, finished, start, write_dataset, write_model
 
 from toolkits.monitoring.lineage import made_by_origin
 from toolkits.monitoring.runs import DIED, find_run, find_runs, read_run
@@ -38,20 +36,6 @@ def settings(inputs, output, **changes):
         "lr": 1e-3,
         "precision": "fp32",
     } | changes
-
-
-def start(words, ranks=1, **variables):
-    command = [sys.executable, "-m", "toolkits.cli", "train", "sft", *flags(**words), "--ranks", str(ranks)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process):
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, out, err
 
 
 def train(words, **keywords):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from launch_world import SEVEN_B
 
 from conversion.plan import plan_for
 from toolkits.cli import temper
@@ -28,19 +29,6 @@ from toolkits.training.config import TrainConfig, all_settings
 from toolkits.training.layout import layout_of
 
 ROOT = Path(__file__).resolve().parents[1]
-SEVEN_B = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "hidden_size": 3584,
-    "num_hidden_layers": 28,
-    "num_attention_heads": 28,
-    "num_key_value_heads": 4,
-    "intermediate_size": 18944,
-    "vocab_size": 152064,
-    "tie_word_embeddings": False,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 32768,
-}
 SEVENTY_TWO_B = SEVEN_B | {
     "hidden_size": 8192,
     "num_hidden_layers": 80,
@@ -77,7 +65,7 @@ def test_the_figures_of_7b_that_people_quote(name, gigabytes):
 
 def test_lora_on_every_matrix_of_7b_is_20_million():
     """Per layer r x (rows + columns): q 7168, k and v 4096, o 7168, gate, up and down 22528 each."""
-    assert adapter_parameters(PLAN, 8) == 8 * 28 * (7168 + 2 * 4096 + 7168 + 3 * 22528) == 20_185_088
+    assert adapter_parameters(PLAN, Tuning("lora", 8)) == 8 * 28 * (7168 + 2 * 4096 + 7168 + 3 * 22528) == 20_185_088
     assert figure("LoRA", rank=64).value == 20_185_088  # what is quoted, whatever is asked for
     assert "0.265%" in figure("LoRA").derivation and figure("LoRA r=64", rank=64).value == 8 * 20_185_088
 
@@ -197,7 +185,7 @@ def test_what_the_user_fixed_is_not_searched():
 def test_nothing_fits_says_what_would():
     found = answer(question(plan_for(SEVENTY_TWO_B)))
     assert found.chosen is None
-    assert "nothing fits" in found.reason and "QLoRA" in found.reason and "not built yet" in found.reason
+    assert "nothing fits" in found.reason and "QLoRA" in found.reason
     assert "OPTIMIZER_OFFLOAD=0.8" in found.reason and "GB of CPU memory a node" in found.reason
 
 
@@ -270,14 +258,12 @@ def test_everything_that_is_asked_has_a_place_in_the_line():
     assert placed >= TAKEN | SEARCHED
 
 
-def test_what_is_not_built_is_named_and_gets_no_line(model):
-    said = json.loads(run("--config", str(model / "config.json"), "--method", "qlora", "--json"))
-    assert said["fits"] and said["line"] is None
-    assert said["refused"] == ["--method qlora is not built yet"]
-    ways = {(way["method"], way["recompute"]): way["not_built"] for way in said["ways"]}
-    assert ways[("full", "none")] == [] and ways[("lora", "none")]
-    shown = run("--config", str(model), "--method", "lora")
-    assert "refused   --method lora is not built yet" in shown and "run_mcore_qwen.sh" not in shown
+@pytest.mark.parametrize("method", ["lora", "qlora"])
+def test_the_line_of_adapters_asks_for_them(model, method):
+    said = json.loads(run("--config", str(model), "--method", method, "--lora-rank", "8", "--json"))
+    assert said["fits"] and said["refused"] == []
+    assert f" PEFT={method} LORA_RANK=8 sh run_scripts/run_mcore_qwen.sh " in said["line"]
+    assert {way["method"] for way in said["ways"]} == {"full", "lora", "qlora"}
 
 
 def test_more_than_a_node_is_the_launchers_business(model):
@@ -291,6 +277,14 @@ def test_an_estimate_is_called_one(model):
     assert (
         "ESTIMATE, not measured" in shown and "assumes 400 TFLOP/s" in shown and "for the checkpoints: 2 kept" in shown
     )
+
+
+def test_tied_embeddings_of_a_pipeline_are_said(model):  # [39]
+    shared = "tied: yes, shared across first/last stage"
+    assert shared not in run("--config", str(model), "--pipeline-parallel", "2")
+    (model / "config.json").write_text(json.dumps(SEVEN_B | {"tie_word_embeddings": True}))
+    assert shared in run("--config", str(model), "--pipeline-parallel", "2")
+    assert shared not in run("--config", str(model), "--pipeline-parallel", "1")
 
 
 @pytest.mark.parametrize("amount", ["80", "G", "0G", "-1G", "80K"])
@@ -315,7 +309,7 @@ def test_every_way_of_recomputing_has_its_launcher_word():
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_the_line_of_every_launcher_has_a_word_for_every_position(name):
     layout, launcher = layout_of(config(), PLAN.settings, 8), LAUNCHERS[name]
-    line = launcher_line(launcher, config(), layout, plan=PLAN, checkpoint="CKPT")
+    line = launcher_line(launcher, config(), layout, Tuning(), plan=PLAN, checkpoint="CKPT")
     assert len(shlex.split(line)) == 3 + len(launcher.positions)
 
 

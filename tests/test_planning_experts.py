@@ -107,7 +107,7 @@ def test_flops_are_those_of_active_parameters_and_of_both_widths_of_attention():
 
 def test_adapters_stand_beside_every_matrix_but_the_router():
     matrices = 2048 + 32 * 128 + 2 * (2048 + 4 * 128) + 32 * 128 + 2048 + 128 * 3 * (2048 + 768)
-    assert adapter_parameters(PLAN, 8) == 8 * 48 * matrices
+    assert adapter_parameters(PLAN, Tuning("lora", 8)) == 8 * 48 * matrices
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -194,5 +194,5 @@ def test_a_launcher_without_a_position_for_etp_gets_a_flag():
     plan = plan_for(EXPERTS["qwen2-moe"])
     settings = config(tensor_parallel=2, expert_parallel=2, expert_tensor_parallel=1)
     layout = layout_of(settings, plan.settings, 4)
-    line = launcher_line(LAUNCHERS["qwen2"], settings, layout, plan=plan, checkpoint="CKPT")
+    line = launcher_line(LAUNCHERS["qwen2"], settings, layout, Tuning(), plan=plan, checkpoint="CKPT")
     assert "EXTRA_ARGS='--expert-tensor-parallel 1' sh" in line and len(shlex.split(line)) == 4 + 26

@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from toolkits.foundation.errors import NumericsError, TemperError, UsageError
+from toolkits.generation.prompts import read_questions
 from toolkits.quickstart import __main__ as main
-from toolkits.quickstart.answers import comparison, num_right, questions, some_questions
+from toolkits.quickstart.answers import comparison, num_right, some_questions
 from toolkits.quickstart.tiny import SAMPLE, VOCABULARY, write_tiny_checkpoint
 
 
@@ -22,12 +23,13 @@ def test_the_sample_is_short_bilingual_and_unambiguous(tiny: Path) -> None:
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    known = list(questions(SAMPLE))
-    prompts = [question.turns[0]["content"] for question in known]
+    known = read_questions(SAMPLE)
+    prompts = [question.messages[0].content for question in known]
     assert len(known) == 200 == len(set(prompts))
     assert sum(any("\u4e00" <= sign <= "\u9fff" for sign in prompt) for prompt in prompts) == 100
     for question in known:
-        turns = [*question.turns, {"role": "assistant", "content": question.expected}]
+        turns = [message.for_template() for message in question.messages]
+        turns.append({"role": "assistant", "content": question.expected})
         whole = tokenizer.apply_chat_template(turns, tokenize=False)
         assert len(tokenizer(whole)["input_ids"]) <= 40
         assert len(tokenizer(question.expected)["input_ids"]) <= 11  # the end of the turn is the twelfth
@@ -54,7 +56,7 @@ def test_the_model_is_qwen_shaped_and_hard_to_split(tiny: Path) -> None:
 def test_prompts_are_spread_over_the_sample_and_its_languages() -> None:
     asked = some_questions(SAMPLE, 10)
     assert len(asked) == 10 == len({question.expected for question in asked})
-    assert sum(question.turns[0]["content"].startswith("Write") for question in asked) == 5
+    assert sum(question.messages[0].content.startswith("Write") for question in asked) == 5
     said = [question.expected for question in asked]
     assert num_right(asked, said) == 10 and num_right(asked, ["", *said[1:]]) == 9
     assert comparison(asked, said, said).row_count == 10

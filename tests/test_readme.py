@@ -42,10 +42,10 @@ def test_ci_runs_the_readmes_own_test_command():
 
 def test_every_command_line_names_a_command_that_exists():
     for text in (README, CHINESE):
-        for group, command in re.findall(r"temper (convert|data) (\w+)", text):
+        for group, command in re.findall(r"temper (convert|data|verify) (\w+)", text):
             result = CliRunner().invoke(temper, [group, command, "--help"])
             assert result.exit_code == 0, f"temper {group} {command}"
-    assert set(COMMANDS) == {"convert", "data", "plan", "runs", "train", "verify"}
+    assert set(COMMANDS) == {"chat", "convert", "data", "generate", "plan", "runs", "train", "verify"}
 
 
 def test_every_script_named_exists():

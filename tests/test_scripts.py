@@ -1,6 +1,7 @@
 """The scripts: syntax, which Python runs, folders with spaces, arity, exit codes."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -8,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+from data_world import talk, write_rows, write_tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted((REPOSITORY / "run_scripts").glob("*.sh"))
@@ -85,12 +87,52 @@ def test_words_arrive_whole_from_any_folder(clone: Path, tmp_path: Path, monkeyp
 
 def test_build_sft_data_takes_three_or_four_words_and_flags(clone: Path, tmp_path: Path) -> None:
     script, python = clone / "run_scripts" / "build_sft_data.sh", str(fake_python(tmp_path / "python"))
-    done = sh(script, "in put", "tok", "out", "4096", "--overwrite", PYTHON=python)
-    words = ["-m", "toolkits.cli", "data", "build", "in put", "out", "--tokenizer", "tok", "--overwrite"]
-    assert done.stdout.splitlines()[1:-1] == [f"[{word}]" for word in words]
-    assert "SEQ_LEN 4096 is not needed" in done.stderr
-    few = sh(script, "in", "tok", PYTHON=python)
-    assert few.returncode == 2 and "OUTPUT_PREFIX [SEQ_LEN]; 2 arguments given" in few.stderr
+    build = ["-m", "toolkits.cli", "data", "build", "in put", "out", "--tokenizer", "tok"]
+    check = ["-m", "toolkits.cli", "data", "check", "out", "--tokenizer", "tok", "--seq-len", "4096"]
+
+    def called(*words: str) -> list[str]:
+        lines = sh(script, *words, PYTHON=python).stdout.splitlines()
+        return [line for line in lines if line.startswith("[")]
+
+    def bracketed(*words: str) -> list[str]:
+        return [f"[{word}]" for word in words]
+
+    assert called("in put", "tok", "out") == bracketed(*build)
+    assert called("in put", "tok", "out", "--columns", "a b") == bracketed(*build, "--columns", "a b")
+    both = bracketed(*build, "--overwrite", *check, "--allow", "too_long")
+    assert called("in put", "tok", "out", "4096", "--overwrite") == both
+    assert called("-", "tok", "out")[4] == "[-]"  # stdin
+    for words, said in {
+        (): "0 arguments given",
+        ("in", "tok"): "2 arguments given",
+        ("in", "tok", "out", "4096", "5"): "5 arguments given",
+        ("in", "tok", "out", "4k"): "SEQ_LEN is a number, not 4k",
+        ("--overwrite", "in", "tok", "out"): "--overwrite stands where a path is expected",
+    }.items():
+        done = sh(script, *words, PYTHON=python)
+        assert done.returncode == 2 and f"OUTPUT_PREFIX [SEQ_LEN] [FLAGS]; {said}" in done.stderr, words
+        assert done.stdout == ""
+
+
+def test_build_sft_data_ends_as_its_commands_do(clone: Path, tmp_path: Path) -> None:
+    script = clone / "run_scripts" / "build_sft_data.sh"
+    text = '#!/bin/sh\ncase "$*" in *" {} "*) exit 3 ;; *) echo "$4" ;; esac\n'
+    fails = {name: str(fake_python(tmp_path / name, text.format(name))) for name in ("build", "check")}
+    done = sh(script, "in", "tok", "out", "64", PYTHON=fails["build"])
+    assert (done.returncode, done.stdout) == (3, "")  # nothing is checked that was not built
+    done = sh(script, "in", "tok", "out", "64", PYTHON=fails["check"])
+    assert (done.returncode, done.stdout) == (3, "build\n")
+    assert sh(script, "in", "tok", "out", PYTHON=fails["check"]).returncode == 0
+
+
+def test_build_sft_data_says_what_of_the_set_fits(tmp_path: Path) -> None:
+    tokenizer = write_tokenizer(tmp_path / "tiny")
+    rows = [talk("q", "7" * length) for length in (3, 4, 90)]  # a token for each digit
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    script = REPOSITORY / "run_scripts" / "build_sft_data.sh"
+    done = sh(script, str(source), str(tokenizer), str(tmp_path / "out"), "64", PYTHON=sys.executable)
+    assert "tokens    " in done.stdout and re.search(r"too_long: 1 \D.*\n.* row 2\n", done.stdout), done.stdout
+    assert done.returncode == 0  # such rows are cut when training starts: no reason to fail
 
 
 @pytest.mark.parametrize("name", ["convert_hf2mcore.sh", "convert_mcore2hf.sh"])

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from data_preprocessing.blend import Mix
 from toolkits.foundation.errors import DataError
 from toolkits.training.batches import Batches, micro_batch
-from toolkits.training.blend import Mix
 from toolkits.training.config import BatchSettings, DataSettings
 from toolkits.training.layout import Layout
 from toolkits.training.rows import Rows, Segment, Selection, SetRows, make_rows, select
@@ -138,7 +138,7 @@ def test_a_conversation_without_a_whole_answer_is_left_out_and_said(dataset):
 def test_too_long_can_drop_or_stop(dataset):
     rows, _ = rows_of(only(dataset, [1, 3]), settings(seq_len=5, too_long="drop"))
     assert segments(rows) == [[Segment(1, 0, 4)]]
-    with pytest.raises(DataError, match=r"1 of 2 .* longer than --seq-len 5, the longest 7 tokens \(row 0\)"):
+    with pytest.raises(DataError, match=r"1 of 2 .* longer than SEQ_LEN 5, the longest 7 tokens \(row 0\)"):
         rows_of(only(dataset, [1, 3]), settings(seq_len=5, too_long="stop"))
 
 

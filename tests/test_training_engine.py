@@ -50,8 +50,11 @@ torch.distributed.get_rank = lambda *args: 0
 def chosen(hf, gpu=True, flash=True, more={}):
     torch.cuda.is_available, layers._grad_accum_fusion_available = lambda: gpu, False
     settings = {**plan_for(hf).settings, **more}
-    config = model.transformer_config(settings, Layout(1, 1, 1, False, 1), ComputeSettings(flash_attention=flash))
-    block = spec.decoder_spec(config, flash_attention=flash)
+    compute = ComputeSettings(flash_attention=flash)
+    engine = model.takes_engine(compute)
+    assert not model.takes_engine(compute, adapters=True)
+    config = model.transformer_config(settings, Layout(1, 1, 1, False, 1), compute, engine=engine)
+    block = spec.decoder_spec(config, flash_attention=flash, engine=engine)
     mcore_patches._let_transformer_engine_add_weight_gradients()
     layer = block.layer_specs[0].submodules
     attention = layer.self_attention.submodules

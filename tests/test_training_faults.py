@@ -5,18 +5,16 @@ import json
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_world import ROOT, flags, run_cases, write_dataset, write_model
+from training_world import finished, flags, run_cases, start, write_dataset, write_model
 
 from conversion import hf_to_mcore
+from data_preprocessing.blend import Part
 from toolkits.foundation.errors import CheckpointError, DataError, MachineError, UsageError
-from toolkits.training.blend import Part
 from toolkits.training.config import DataSettings, ModelSettings
 from toolkits.training.sources import find_data, find_model, same_set
 
@@ -41,21 +39,6 @@ def settings(inputs, output, **changes):
         "lr": 1e-3,
         "precision": "fp32",
     } | changes
-
-
-def start(words, ranks=1):
-    """Start `temper train sft` in a process of its own."""
-    command = [sys.executable, "-m", "toolkits.cli", "train", "sft", *words, "--ranks", str(ranks)]
-    env = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-def finished(process):
-    try:
-        out, err = process.communicate(timeout=120)
-    finally:
-        process.kill()
-    return process.returncode, out, err
 
 
 def edited_config(folder, name, **changes):

@@ -13,7 +13,8 @@ from data_world import doubled, write_index
 from training_world import write_dataset, write_model
 
 from data_preprocessing.build import build
-from data_preprocessing.dataset import document_prefix
+from data_preprocessing.convert import write_ours
+from data_preprocessing.dataset import document_prefix, open_dataset
 from toolkits.foundation.errors import DataError, UsageError
 from toolkits.training import run as module
 from toolkits.training.config import TrainConfig
@@ -134,6 +135,13 @@ def test_data_of_another_seq_len_is_read_and_said(inputs, tmp_path):
         "no manifest; taken for the doubled [tokens | labels] layout of 8 tokens a row",
         "it was packed to 8 tokens a row; rows of 16 are made anew",
     ]
+    write_ours(open_dataset(old), document_prefix(tmp_path / "new"))  # what `temper data convert` does
+    converted = find_data(DataSettings(data=str(tmp_path / "new"), seq_len=16), model)
+    assert converted.training.parts[0].num_tokens == 4 * 11
+    assert [converted.training.segments(row)[1] for row in range(len(converted.training))] == [
+        found.training.segments(row)[1] for row in range(len(found.training))
+    ]
+    assert "taken for" not in str(converted.remarks)
 
 
 def test_too_little_data_is_said_with_numbers(inputs, tmp_path):

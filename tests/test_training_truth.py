@@ -10,12 +10,9 @@ from safetensors.torch import load_file
 from training_world import flags, run_cases, write_dataset, write_model
 
 from data_preprocessing.dataset import open_dataset
-from toolkits.training.batches import Batches
-from toolkits.training.blend import Mix
-from toolkits.training.config import BatchSettings, DataSettings
-from toolkits.training.layout import Layout
-from toolkits.training.optimizer import learning_rate
-from toolkits.training.rows import Rows, make_rows, select
+from toolkits.cards.lesson import plain_losses
+from toolkits.training.config import DataSettings, TrainConfig
+from toolkits.training.rows import make_rows, select
 
 STEPS = 20
 LAYOUT_STEPS = 6
@@ -34,9 +31,9 @@ def inputs(tmp_path_factory):
     return {"tied": tied, "untied": untied, "data": data, "valid": valid}
 
 
-def case(inputs, output, *, model="tied", **changes):
-    """The flags of one run; `output` gets its checkpoint and HuggingFace export."""
-    settings = {
+def settings(inputs, output, *, model="tied", **changes):
+    """The settings of one run; `output` gets its checkpoint and HuggingFace export."""
+    return {
         "checkpoint": inputs[model],
         "data": inputs["data"],
         "valid_data": inputs["valid"],
@@ -48,8 +45,11 @@ def case(inputs, output, *, model="tied", **changes):
         "export_hf": True,
         "output": output,
         **SCHEDULE,
-    }
-    return flags(**(settings | changes))
+    } | changes
+
+
+def case(inputs, output, **changes):
+    return flags(**settings(inputs, output, **changes))
 
 
 @pytest.fixture(scope="module")
@@ -117,12 +117,8 @@ def four_ranks(inputs, tmp_path_factory):
 
 def packed_rows(inputs):
     """Return how many packed rows all of the training data makes."""
-    return len(rows_of(inputs))
-
-
-def rows_of(inputs):
     settings = DataSettings(data=inputs["data"], seq_len=SEQ_LEN)
-    return Rows((make_rows(select(open_dataset(inputs["data"]), settings)[0], settings),), Mix((1,)))
+    return len(make_rows(select(open_dataset(inputs["data"]), settings)[0], settings))
 
 
 def reference_losses(inputs, model, *, shift=0):
@@ -133,32 +129,8 @@ def reference_losses(inputs, model, *, shift=0):
     from transformers import AutoModelForCausalLM
 
     network = AutoModelForCausalLM.from_pretrained(inputs[model], dtype=torch.float32)
-    decayed = [weight for weight in network.parameters() if weight.dim() > 1]
-    plain = [weight for weight in network.parameters() if weight.dim() == 1]
-    groups = [{"params": decayed, "weight_decay": 0.1}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(0.9, 0.95), eps=1e-8)
-    dataset, rows = open_dataset(inputs["data"]), rows_of(inputs)
-    sizes = BatchSettings(micro_batch_size=MICRO, global_batch_size=GLOBAL)
-    batches = Batches(rows, sizes, Layout(1, 1, 1, False, GLOBAL // MICRO), replica=0, seed=1234)
-    losses = []
-    for step in range(STEPS):
-        rate = learning_rate(step + 1, steps=STEPS, warmup=3, peak=1e-3, floor=1e-4)
-        total, trained = 0.0, 0
-        numbers = batches.row_numbers(step * GLOBAL)
-        for document, *_ in (segment for number in numbers for segment in rows.parts[0].segments(number)):
-            tokens = torch.from_numpy(dataset.tokens(document).astype(np.int64))
-            mask = np.roll(dataset.mask(document), shift)[1:]
-            logits = network(tokens[None, :-1]).logits[0]
-            each = torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none")
-            total, trained = total + (each * torch.from_numpy(mask.astype(np.float32))).sum(), trained + int(mask.sum())
-        optimizer.zero_grad()
-        (total / trained).backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        optimizer.step()
-        losses.append(float(total.detach()) / trained)
-    return losses, network.state_dict()
+    config = TrainConfig.from_values(settings(inputs, Path("nowhere"), model=model, train_iters=STEPS))
+    return plain_losses(config, network, shift=shift), network.state_dict()
 
 
 def exported(folder, name):

@@ -41,6 +41,7 @@ CASES = {
     "without tokenizer": "--logits plain plain-mcore",
     "text without tokenizer": "--logits plain plain-mcore --text a",
     "nothing": "",
+    "two commands": "--logits hf mcore card qwen2",
     "no huggingface": "--logits nowhere mcore",
     "no megatron": "--logits hf nowhere",
     "no tokens": "--logits hf mcore --file empty.txt",
@@ -111,6 +112,7 @@ def test_another_model(results):  # [41]
     [
         ("another vocabulary", 4, "have vocabularies of 251 and 261 tokens"),
         ("nothing", 2, "say what to verify: temper verify --logits HF MCORE"),
+        ("two commands", 2, "--logits and card are two commands"),
         ("no huggingface", 4, "config.json is missing"),
         ("no megatron", 4, "no checkpoint at nowhere"),
         ("no tokens", 2, "no tokens to compare on: give some text"),

@@ -17,9 +17,14 @@ def convert() -> None:
 
 def _options(command: Callable) -> Callable:
     """The arguments that both directions share."""
+    for decorate in (click.argument("dst", type=_FOLDER), click.argument("src", type=_FOLDER), _choices):
+        command = decorate(command)
+    return command
+
+
+def _choices(command: Callable) -> Callable:
+    """The options of whatever writes a checkpoint."""
     for decorate in (
-        click.argument("dst", type=_FOLDER),
-        click.argument("src", type=_FOLDER),
         click.option("--dtype", metavar="TYPE", help="Cast to float32, float16 or bfloat16 (fp32, fp16, bf16)."),
         click.option("--overwrite", is_flag=True, help="Replace DST; it stays in place until the new one is complete."),
         click.option("--no-verify", is_flag=True, help="Neither hash nor compare: the report has no hashes."),
@@ -51,6 +56,39 @@ def mcore2hf(src: Path, dst: Path, no_verify: bool, **choices: Any) -> None:
 
     plan = mcore_to_hf.convert(src, dst, verify=not no_verify, **choices)
     _say(dst, len(plan.hf_tensors), plan.num_parameters, verified=not no_verify, **choices)
+
+
+@convert.command()
+@click.argument("base", type=_FOLDER)
+@click.argument("adapters", metavar="ADAPTER...", type=_FOLDER, nargs=-1, required=True)
+@click.argument("dst", type=_FOLDER)
+@click.option("--weights", metavar="W,W,...", help="What each adapter counts; 1 each when left out.")
+@click.option("--unmerge", is_flag=True, help="Take the adapters out of BASE, where they were merged into it.")
+@click.option(
+    "--quantized-base",
+    type=click.Choice(["nf4", "int8"]),
+    help="Add to BASE quantised and back, which a run with --quantize trains on; else to BASE as it is.",
+)
+@_choices
+def merge(
+    base: Path, adapters: tuple[Path, ...], dst: Path, weights: str | None, no_verify: bool, **choices: Any
+) -> None:
+    """Write the HuggingFace directory DST: BASE, of either kind, with LoRA adapters in PEFT's format added."""
+    from conversion.merge import merge as merged
+
+    pairs = list(zip(adapters, _weights(weights, len(adapters)), strict=True))
+    plan = merged(base, pairs, dst, verify=not no_verify, **choices)
+    _say(dst, len(plan.hf_tensors), plan.num_parameters, verified=not no_verify, **choices)
+
+
+def _weights(said: str | None, count: int) -> list[float]:
+    try:
+        weights = [float(word) for word in said.split(",")] if said else [1.0] * count
+    except ValueError:
+        weights = []
+    if len(weights) != count:
+        raise click.UsageError(f"--weights {said}: give a number for each of the {count} adapters, as in 0.7,0.3")
+    return weights
 
 
 @convert.command()

@@ -7,11 +7,13 @@ launcher of another family is a Launcher here and a script of two lines in run_s
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..training.blend import parse_blend
+from data_preprocessing.blend import parse_blend
+
 from .kinds import SWITCH, Integer, Kind, ModelSize, Number, Offload, OneOf, Text, words
 from .nodes import DEFAULT_GPUS, GPUS_OF_NODE, Nodes
 
 DATASETS = Text("prefix, or '0.7 A 0.3 B'", check=parse_blend)
+DEFAULT_LORA_RANK = 16
 RECOMPUTE = {"false": "none", "none": "none", "full": "full", "sel": "selective", "offload": "offload"}
 
 
@@ -47,8 +49,11 @@ class Launcher:
         )
 
     def run_name(self, typed: Mapping[str, str], *, task: str) -> str:
-        """Return NAME for the words `typed`, by the name of their position."""
-        return self.name_shape.format(task=task, model=self.model, **typed)
+        """Return NAME for the words `typed`, by the name of their position; adapters stand at its end."""
+        name = self.name_shape.format(task=task, model=self.model, **typed)
+        if typed.get("PEFT", "none") == "none":
+            return name
+        return f"{name}-{typed['PEFT']}-r-{typed.get('LORA_RANK', DEFAULT_LORA_RANK)}"
 
 
 EP = Entry("EP", Integer(), "expert parallel ranks, out of TP x CP x DP; 1 without experts", "expert_parallel")
@@ -147,6 +152,10 @@ VARIABLES = (
     Entry("MP_AC_LAYERS", Integer(), "layers that AC=full recomputes at a time (1)", "recompute_layers"),
     Entry("MP_VP", Integer(), "layers of a virtual pipeline stage; unset: none", "virtual_stage_layers"),
     Entry("MP_PP0_LAYERS", Integer(), "layers of the first pipeline stage; unset: all the same", "first_stage_layers"),
+    Entry("PEFT", words("none", "lora", "qlora"), "lora: train adapters; qlora: on NF4 matrices; NAME ends so"),
+    Entry("LORA_RANK", Integer(), f"rank of the adapters ({DEFAULT_LORA_RANK})", "lora_rank"),
+    Entry("LORA_ALPHA", Number(), "adapters count LORA_ALPHA / LORA_RANK times (32)", "lora_alpha"),
+    Entry("LORA_TARGETS", Text("names", ("all", "q_proj,v_proj")), "layers with an adapter (all)", "lora_targets"),
 )
 
 # Read with ENV=dlc only: a stray RANK must not change a run on this machine.

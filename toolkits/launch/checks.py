@@ -11,10 +11,10 @@ from conversion.families import family_for
 from conversion.mcore_directory import hf_folder
 from conversion.plan import plan_for
 from conversion.settings import mcore_settings, untrainable_reasons
+from data_preprocessing.blend import parse_blend
 from data_preprocessing.dataset import document_prefix
 
 from ..foundation.errors import CheckpointError, DataError, MachineError, TemperError, UsageError, raise_all
-from ..training.blend import parse_blend
 from ..training.config import TrainConfig
 from ..training.layout import DIVIDED_BY_TENSOR_PARALLEL, layout_problems
 from .arguments import LAUNCHERS, Launcher

@@ -9,11 +9,11 @@ from functools import partial
 from pathlib import Path
 
 from conversion.mcore_directory import hf_folder
+from data_preprocessing.blend import parse_blend, whole_weights
 from data_preprocessing.dataset import document_prefix
 from data_preprocessing.template import find_template
 from data_preprocessing.tokenizer import read_json, tokenizer_fingerprint
 
-from ..training.blend import parse_blend, whole_weights
 from ..training.config import TrainConfig
 
 

@@ -11,7 +11,7 @@ from ..foundation.errors import UsageError
 from ..training.config import TrainConfig
 from ..training.objectives import OBJECTIVES, Objective
 from ..training.options import parse_flags
-from .arguments import CLUSTER_VARIABLES, VARIABLES, Entry, Launcher
+from .arguments import CLUSTER_VARIABLES, DEFAULT_LORA_RANK, VARIABLES, Entry, Launcher
 from .nodes import Nodes
 
 # What the checks of a call rest on, and NAME says.
@@ -85,6 +85,10 @@ def read_call(family: Launcher, given: Sequence[str], environment: Mapping[str, 
             word = entry.kind.examples[0] if entry.name in places else None
         if word is not None:
             values[entry.name] = entry.kind.read(word)
+    if values.get("PEFT", "none") == "none":
+        alone = [entry.name for entry in VARIABLES if entry.name.startswith("LORA_") and entry.name in typed]
+        problems += [f"{name} is set without PEFT=lora or qlora: all weights would be trained" for name in alone]
+        values = {name: value for name, value in values.items() if name not in alone}
     return Call(family, typed, values, frozenset(unread), problems)
 
 
@@ -101,6 +105,9 @@ def settings_of(call: Call, size: str) -> TrainConfig:
     }
     fields |= {name: Path(fields[name]) for name in ("output", "hf_config") if name in fields}
     fields["rows"] = call.objective.rows
+    if values.get("PEFT", "none") != "none":
+        fields.setdefault("lora_rank", DEFAULT_LORA_RANK)
+        fields["quantize"] = "nf4" if values["PEFT"] == "qlora" else "none"
     if call.counts_tokens:
         fields |= {name: -(-fields[name] // call.tokens_of_step) for name in ("train_iters", "warmup_iters")}
     words = {**call.typed, "MODEL_SIZE": size}

@@ -19,25 +19,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from conversion.digest import DIGEST_OF, weight_files, weights_digest
 from conversion.mcore_directory import HF_FOLDER, step_folders
 
 from .record import LINEAGE, RunRecord
 
 CARRIED = "temper_lineage.json"
 VERSION = 1
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".distcp")
-HEAD = 1 << 16  # bytes at the front of a weight file that tell it from another of the same size
-DIGEST_OF = f"sha256 of the names, sizes and first {HEAD} bytes of the weight files, its first 16 digits"
 MANIFEST = "manifest.json"
-
-
-def weights_digest(folder: Path) -> str:
-    """Return a digest of the names, sizes and first bytes of the weight files; a full hash would read them all."""
-    digest = hashlib.sha256()
-    for path in _weight_files(folder):
-        with open(path, "rb") as file:
-            digest.update(f"{path.name} {path.stat().st_size} ".encode() + file.read(HEAD))
-    return digest.hexdigest()[:16]
 
 
 def origin_of(hf_files: Path) -> dict[str, Any] | None:
@@ -84,7 +73,7 @@ class Lineage:
             "folder": str(folder.absolute()),
             "step": step,
             "digest": weights_digest(folder),
-            "files": {path.name: _describe(path) for path in _weight_files(folder)},
+            "files": {path.name: _describe(path) for path in weight_files(folder)},
         }
         self._document["exports"] = [*others, export]
         text = self._write()
@@ -130,10 +119,6 @@ def _earlier(folder: Path) -> dict[str, Any]:
 
 def _without_time(start: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in start.items() if name not in ("started", "after")}
-
-
-def _weight_files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.suffix in WEIGHT_SUFFIXES)
 
 
 def _describe(path: Path) -> dict[str, Any]:

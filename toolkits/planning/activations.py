@@ -79,10 +79,11 @@ def _chunk_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, stage: int,
     kept = kept_layers_bytes(sizes, batch, tuning, layers=layers)
     if batch.recompute == "none":
         kept += batch.gathered * INDEX  # where they are among the keys of all ranks
-    if first:
+    frozen = tuning.method != "full"
+    if first and not frozen:
         kept += batch.tokens * (INDEX + (batch.tensor > 1))  # which tokens' embeddings this rank holds
     if last:
-        kept += norm_bytes(batch, sizes.hidden)
+        kept += norm_bytes(batch, sizes.hidden) - hidden * (frozen and not batch.fused)
     # A sent tensor; a received one is what the first layer keeps, unless that is in CPU memory.
     return kept + hidden * ((not last) + (not first and batch.recompute == "offload"))
 

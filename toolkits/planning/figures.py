@@ -9,7 +9,7 @@ from ..launch.kinds import ModelSize
 from ..training.config import TrainConfig
 from .memory import gigabytes
 from .sizes import sizes_of
-from .states import ELEMENT, NF4_BYTES
+from .states import ELEMENT
 from .weights import Tuning, active_parameters, adapter_parameters, model_weights
 
 QUOTED_RANK = 8  # of the LoRA figures that people quote
@@ -36,7 +36,9 @@ def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
     """Return what is said of the model's training memory: states only, summed over all ranks."""
     count, nominal = plan.num_parameters, _nominal(plan)
     billions = f"{count / 1e9:.3f} B"
-    quantised = qlora_weights(plan)
+    quantised, weights = Tuning("qlora"), model_weights(plan)
+    matrices = [weight for weight in weights if weight.linear]
+    bits = 8 * sum(weight.nf4 for weight in matrices) / sum(weight.count for weight in matrices)
     return [
         *_active(plan),
         Figure(
@@ -62,8 +64,8 @@ def quoted(plan: Plan, tuning: Tuning) -> list[Figure]:
         *(_lora(plan, rank) for rank in sorted({QUOTED_RANK, tuning.lora_rank})),
         Figure(
             "QLoRA's frozen weights",
-            quantised,
-            f"matrices of the layers {NF4_BYTES * 8:.3f} bits (NF4, double quantisation), all else 2 B",
+            sum(weight.frozen_bytes(quantised, ELEMENT["bf16"]) for weight in weights),
+            f"matrices of the layers {bits:.3f} bits (NF4, double quantisation), all else 2 B",
         ),
     ]
 
@@ -76,7 +78,7 @@ def _active(plan: Plan) -> list[Figure]:
 
 
 def _lora(plan: Plan, rank: int) -> Figure:
-    adapters, count = adapter_parameters(plan, rank), plan.num_parameters
+    adapters, count = adapter_parameters(plan, Tuning("lora", rank)), plan.num_parameters
     return Figure(
         f"LoRA r={rank}, all matrices",
         adapters,
@@ -86,14 +88,9 @@ def _lora(plan: Plan, rank: int) -> Figure:
     )
 
 
-def qlora_weights(plan: Plan) -> float:
-    """Return the bytes of the model when the matrices of its layers are NF4 and all else is bf16."""
-    return sum(weight.count * (NF4_BYTES if weight.linear else ELEMENT["bf16"]) for weight in model_weights(plan))
-
-
 def disk_bytes(plan: Plan, config: TrainConfig, tuning: Tuning) -> int:
     """Return the space that checkpoints take: KEEP_LAST and the one being written, weights and optimizer."""
-    count = plan.num_parameters if tuning.method == "full" else adapter_parameters(plan, tuning.lora_rank)
+    count = plan.num_parameters if tuning.method == "full" else adapter_parameters(plan, tuning)
     return (config.output.keep_last + 1) * count * (ELEMENT[config.compute.precision] + OPTIMIZER_ON_DISK)
 
 

@@ -79,19 +79,31 @@ def layer_bytes(sizes: Sizes, batch: MicroBatch, *, experts: bool = False) -> in
 
 
 def tuned_layer_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, experts: bool = False) -> int:
-    """Return what one layer saves under `tuning`.
-
-    Of adapters it is derived and not measured: they are not built yet.
-    """
+    """Return what one layer saves under `tuning`; of adapters, when every matrix has one."""
     whole = layer_bytes(sizes, batch, experts=experts)
     if tuning.method == "full":
         return whole
-    normed = 0 if batch.fused else 2 * batch.inside * batch.element * sizes.hidden  # not kept by frozen norms
-    inputs = batch.tokens * (sizes.attention_matrices + 3)
-    if experts and sizes.experts:
-        shared = 3 * batch.tokens if sizes.experts.shared_ffn else 0
-        inputs = batch.tokens * sizes.attention_matrices + shared + 3 * _rows(sizes.experts, batch)
-    return whole - normed + inputs * batch.element * tuning.lora_rank
+    widths = 2 * sizes.hidden + (sizes.latent.query_rank + sizes.latent.kv_rank if sizes.latent else 0)
+    normed = 0 if batch.fused else batch.inside * batch.element * widths  # not kept by frozen norms
+    return whole - normed + _adapter_numbers(sizes, batch, experts=experts) * batch.element * tuning.lora_rank
+
+
+def _adapter_numbers(sizes: Sizes, batch: MicroBatch, *, experts: bool) -> int:
+    """Return what the adapters of a layer save, for each unit of their rank.
+
+    That is each A x, behind the reduction where ranks divide the inputs; and the matrices A of layers that are one
+    in Megatron-core, one under the other.
+    """
+    divided = sizes.attention_matrices - 1  # their outputs, by tensor parallelism; of the last its inputs
+    stacked = 0 if sizes.latent else 3 * sizes.hidden
+    attention = divided * batch.tokens + batch.inside + stacked
+    if not (experts and sizes.experts):
+        return attention + 2 * batch.tokens + batch.inside + 2 * sizes.hidden
+    local = sizes.experts.number // batch.layout.expert
+    mlps = 3 * _rows(sizes.experts, batch) + local * 2 * sizes.hidden
+    if sizes.experts.shared_ffn:
+        mlps += 2 * batch.tokens + batch.inside + 2 * sizes.hidden
+    return attention + mlps
 
 
 def norm_bytes(batch: MicroBatch, width: int, *, cut_from: int | None = None) -> int:

@@ -9,7 +9,7 @@ from conversion.plan import Plan
 from ..foundation.errors import UsageError
 from ..training.config import TrainConfig
 from ..training.layout import Layout, layout_of, layout_problems
-from .line import GPUS_OF_NODE, not_built
+from .line import GPUS_OF_NODE
 from .memory import USABLE, RankMemory, gigabytes, offload_that_fits, run_memory
 from .sizes import sizes_of
 from .states import ON_HOST
@@ -145,7 +145,7 @@ def _candidates(question: Question, *, context: list[int]) -> Iterator[Candidate
     }
     ways = {
         "micro_batch_size": MICRO_BATCHES,
-        "recompute": ["none"] + ([] if not_built("full", "full") else ["full"]),
+        "recompute": ["none", "full"],
     }
     for config in _variants(question, [question.config], layouts):
         if not layout_problems(config, model, gpus):  # with one row in a micro batch; others may break a rule more
@@ -222,7 +222,7 @@ def _nothing_fits(question: Question, candidates: list[Candidate]) -> str:
         tuning = Tuning(method, question.tuning.lora_rank)  # type: ignore[arg-type]
         other = evaluated(dataclasses.replace(question, tuning=tuning), changed(least.config, **values))
         if other.bytes < least.bytes:
-            notes = not_built(method, other.config.compute.recompute)
+            notes = []
             if other.offload > least.offload:
                 notes.append(f"OPTIMIZER_OFFLOAD={other.offload:g}, {gigabytes(other.host_bytes)} of CPU memory a node")
             helps.append(f"{words} {gigabytes(other.bytes)}" + (f" ({'; '.join(notes)})" if notes else ""))

@@ -1,29 +1,32 @@
-"""The launcher's line of a plan, through the launchers' own table, and what that table does not build yet."""
+"""The launcher's line of a plan, through the launchers' own table."""
 
 import shlex
 
 from conversion.plan import Plan
 
 from ..foundation.errors import UsageError, raise_all
-from ..launch.arguments import LAUNCHERS, RECOMPUTE, VARIABLES, Launcher
+from ..launch.arguments import RECOMPUTE, VARIABLES, Launcher
 from ..launch.kinds import human_size
 from ..launch.reading import complaint
 from ..training.config import TrainConfig, all_settings
 from ..training.layout import Layout
 from .sizes import sizes_of
-from .weights import expert_ranks
+from .weights import Tuning, expert_ranks
 
 AC_WORDS = {setting: word for word, setting in reversed(RECOMPUTE.items())}
-TRAINED_METHODS = ("full",)
 DATA, OUT = "DATA", "OUT"  # left to the user
 TRAIN_ITERS, WARMUP_ITERS = "1000", "100"
 GPUS_OF_NODE = 8
 
 
-def launcher_line(launcher: Launcher, config: TrainConfig, layout: Layout, *, plan: Plan, checkpoint: str) -> str:
+def launcher_line(
+    launcher: Launcher, config: TrainConfig, layout: Layout, tuning: Tuning, *, plan: Plan, checkpoint: str
+) -> str:
     """Return the line that starts the run; raise UsageError for a word that the launcher's table refuses."""
     words = _words(config, layout, plan=plan, checkpoint=checkpoint)
     variables = {"NPROC_PER_NODE": str(min(layout.world, GPUS_OF_NODE)), **_variables(config)}
+    if tuning.method != "full":
+        variables |= {"PEFT": tuning.method, "LORA_RANK": str(tuning.lora_rank)}
     over = config.layout.expert_tensor_parallel
     if over and "ETP" not in {entry.name for entry in launcher.positions}:
         variables["EXTRA_ARGS"] = f"--expert-tensor-parallel {over}"
@@ -48,15 +51,6 @@ def _variables(config: TrainConfig) -> dict[str, str]:
         if entry.setting is not None and said[entry.setting] != default[entry.setting]
     }
     return {name: _switch(value) if isinstance(value, bool) else str(value) for name, value in differs.items()}
-
-
-def not_built(method: str, recompute: str) -> list[str]:
-    """Return what `temper train` refuses today of a way of tuning, by name."""
-    found = [] if method in TRAINED_METHODS else [f"--method {method} is not built yet"]
-    entries = {entry.name: entry for launcher in LAUNCHERS.values() for entry in launcher.positions}
-    word = AC_WORDS[recompute]
-    problem = complaint(entries["AC"], word)
-    return found + ([f"AC={word} {problem}"] if problem else [])
 
 
 def _words(config: TrainConfig, layout: Layout, *, plan: Plan, checkpoint: str) -> dict[str, str]:

@@ -95,12 +95,14 @@ def gigabytes(bytes_: float) -> str:
 
 
 def _backward_bytes(chunks: list[list[Weight]], batch: MicroBatch, tuning: Tuning, sizes: Sizes) -> int:
-    full = tuning.method == "full"
-    counts = (each.count if full else each.adapter * tuning.lora_rank for weights in chunks for each in weights)
+    every = [each for weights in chunks for each in weights]
+    counts = [one.count for each in every for one in each.trained(tuning)]
+    if tuning.method == "qlora":  # the matrix that is being multiplied
+        counts += [each.count for each in every if each.linear]
     gathered = batch.tokens * batch.element * sizes.hidden if batch.inside < batch.tokens else 0
     mlp_gradients = 3 * batch.tokens * batch.element * sizes.ffn // batch.tensor
     keys = 2 * batch.gathered * batch.element * (sizes.key + sizes.value) // batch.tensor  # those and their gradients
-    return max(counts) * batch.element + gathered + max(mlp_gradients, dispatched_bytes(sizes, batch)) + keys
+    return max(counts, default=0) * batch.element + gathered + max(mlp_gradients, dispatched_bytes(sizes, batch)) + keys
 
 
 def _start_bytes(chunks: list[list[Weight]], held: States, storage: Storage) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from ..foundation.errors import UsageError
 from ..launch.arguments import launcher_of
 from .figures import Figure, disk_bytes, quoted
 from .layouts import Answer, Candidate, Question, answer, changed, evaluated
-from .line import launcher_line, not_built
+from .line import launcher_line
 from .weights import Method, Tuning, active_parameters, expert_ranks
 
 # What is shown beside the layout, whether it is built or not.
@@ -20,12 +20,11 @@ WAYS: tuple[tuple[Method, str], ...] = (("full", "none"), ("full", "full"), ("lo
 
 @dataclass(frozen=True)
 class Way:
-    """A way of tuning at one layout; `refused` is what `temper train` says to it today."""
+    """A way of tuning at one layout."""
 
     method: str
     recompute: str
     candidate: Candidate
-    refused: list[str]
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def report(question: Question, hf_config: Mapping[str, object], *, checkpoint: s
     plan, tuning = question.plan, question.tuning
     found = answer(question)
     shown = found.chosen or min(found.candidates, key=lambda each: each.bytes)
-    refused = not_built(tuning.method, shown.config.compute.recompute) + untrainable_reasons(hf_config)
+    refused = untrainable_reasons(hf_config)
     line = None
     if found.chosen and not refused:
         line, refused = _line(question, found.chosen, checkpoint)
@@ -69,7 +68,8 @@ def _line(question: Question, chosen: Candidate, checkpoint: str) -> tuple[str |
     if launcher is None:
         return None, [f"family {name} has no launcher yet; `temper train sft --help` takes the same settings"]
     try:
-        line = launcher_line(launcher, chosen.config, chosen.layout, plan=question.plan, checkpoint=checkpoint)
+        settings = (launcher, chosen.config, chosen.layout, question.tuning)
+        line = launcher_line(*settings, plan=question.plan, checkpoint=checkpoint)
     except UsageError as error:
         return None, [str(error)]
     return line, []
@@ -80,7 +80,7 @@ def _ways(question: Question, shown: Candidate) -> list[Way]:
     for method, recompute in WAYS:
         other = dataclasses.replace(question, tuning=Tuning(method, question.tuning.lora_rank))
         candidate = evaluated(other, changed(shown.config, recompute=recompute))
-        found.append(Way(method, recompute, candidate, not_built(method, recompute)))
+        found.append(Way(method, recompute, candidate))
     return found
 
 
@@ -102,7 +102,7 @@ def as_json(said: Report) -> dict[str, Any]:
         "refused": said.refused,
         "checkpoint_disk_bytes": said.disk_bytes,
         "layouts": [{**_layout(each), "fits": question.holds(each)} for each in said.answer.candidates],
-        "ways": [{"method": way.method, "not_built": way.refused, **_layout(way.candidate)} for way in said.ways],
+        "ways": [{"method": way.method, **_layout(way.candidate)} for way in said.ways],
         "figures": [dataclasses.asdict(figure) for figure in said.figures],
     }
 

@@ -31,9 +31,6 @@ GRADIENT = MASTER = 4
 MOMENTS = 8
 ON_HOST = MASTER + MOMENTS + GRADIENT
 WEIGHT_START, BUCKET_END = 64, 128  # elements
-# NF4 with double quantisation (Dettmers et al., 2023): 4 bits, an 8-bit scale for 64 weights, and an fp32
-# scale for 256 of those.
-NF4_BYTES = (4 + 8 / 64 + 32 / (64 * 256)) / 8
 
 
 @dataclass(frozen=True)
@@ -116,11 +113,10 @@ class Bucket:
 def states(chunks: Sequence[Sequence[Weight]], tuning: Tuning, storage: Storage, *, registered: int = 0) -> States:
     """Return the bytes of a rank that holds `chunks`, and beside them `registered` elements that nobody trains."""
     element = storage.element
-    stored = {True: NF4_BYTES if tuning.method == "qlora" else element, False: element}  # of frozen matrices, the rest
-    frozen, trained = 0.0, chunks
+    frozen, trained = 0, chunks
     if tuning.method != "full":
-        frozen = sum(each.count * stored[each.linear] for weights in chunks for each in weights)
-        trained = [[each.adapters(tuning.lora_rank) for each in weights] for weights in chunks]
+        frozen = sum(each.frozen_bytes(tuning, element) for weights in chunks for each in weights)
+        trained = [[one for each in weights for one in each.trained(tuning)] for weights in chunks]
     buffer = updated = 0
     for number, weights in enumerate(trained):
         for share, together in _buffers(weights, storage):
@@ -128,7 +124,7 @@ def states(chunks: Sequence[Sequence[Weight]], tuning: Tuning, storage: Storage,
             buffer, updated = buffer + whole, updated + own
     away = math.floor(updated * storage.offload)
     return States(
-        parameters=math.ceil(frozen) + (buffer + registered) * element,
+        parameters=frozen + (buffer + registered) * element,
         gradients=buffer * GRADIENT,
         masters=(updated - away) * MASTER if element < MASTER else 0,
         moments=(updated - away) * MOMENTS,

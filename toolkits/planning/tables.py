@@ -38,13 +38,13 @@ def _figures(said: Report) -> Table:
 
 
 def _ways(said: Report) -> Table:
-    table = Table("tuned", *MEMORY, "", title=f"The fullest rank at {said.shown.name}, in GB (10^9 bytes)")
+    table = Table("tuned", *MEMORY, title=f"The fullest rank at {said.shown.name}, in GB (10^9 bytes)")
     for way in said.ways:
         rank = _fullest(way.candidate)
         name = way.method + (" + recompute" if way.recompute == "full" else "")
         if way.method != "full":
             name += f" r={said.question.tuning.lora_rank}"
-        table.add_row(name, *_memory(rank), "not built yet" if way.refused else "")
+        table.add_row(name, *_memory(rank))
     return table
 
 
@@ -97,6 +97,11 @@ def _conclusions(said: Report) -> Iterator[str]:
         )
     head = f"take {said.shown.name}: " if said.answer.chosen else ""
     yield f"layout    {head}{said.answer.reason}"
+    if question.plan.tied and said.shown.layout.pipeline > 1:
+        yield (
+            "          tied: yes, shared across first/last stage: both hold the embedding, their gradients are summed, "
+            "and a checkpoint has it once"
+        )
     for text in said.refused:
         yield f"refused   {text}"
     yield (

@@ -83,7 +83,7 @@ def _reduce_seconds(plan: Plan, layout: Layout, tuning: Tuning, *, element: int)
     """Reduce-scatter of fp32 gradients and all-gather of the new weights, of the largest stage."""
 
     def sent(weight: Weight) -> float:
-        trained = weight.count if tuning.method == "full" else weight.adapter * tuning.lora_rank
+        trained = sum(each.count for each in weight.trained(tuning))
         return trained * (1 - 1 / (expert_shards if weight.expert else shards))
 
     shards = layout.data * layout.context

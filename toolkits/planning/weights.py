@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from itertools import chain
 from typing import Literal
 
-from conversion.plan import MERGED_LAYERS, Part, Plan, Step
+from conversion.plan import Part, Plan, Step
 
 from ..training.layout import Layout
 from .sizes import Sizes, sizes_of
 
 Method = Literal["full", "lora", "qlora"]
+Format = Literal["nf4", "int8"]
+BLOCK, NESTED_BLOCK = 64, 256  # of NF4: columns with a scale, and scales with one; see conversion/quantized.py
 
 # Axes that tensor parallelism divides, of a matrix the first of them; a vocabulary is padded until it does.
 DIVIDED = {"vocab", "query", "kv", "ffn", "shared_ffn", "expert_ffn", "query_nope", "query_rope", "value"}
@@ -55,10 +57,20 @@ ROUTER_BIAS = ".router.expert_bias"  # a buffer, which nobody trains
 
 @dataclass(frozen=True)
 class Tuning:
-    """What is trained: all weights, or low-rank adapters on every matrix of the layers (Hu et al., 2021)."""
+    """What is trained: all weights, or low-rank adapters on matrices of the layers (Hu et al., 2021).
+
+    `targets` are the ends of their HuggingFace names; None: every matrix. `quantize` is the format of all matrices of
+    the layers when the method is qlora.
+    """
 
     method: Method = "full"
     lora_rank: int = 16
+    targets: frozenset[str] | None = None
+    quantize: Format = "nf4"
+
+    def takes(self, name: str) -> bool:
+        """Whether layers whose HuggingFace name ends like this have an adapter."""
+        return self.targets is None or name in self.targets
 
 
 @dataclass(frozen=True)
@@ -68,13 +80,28 @@ class Weight:
     name: str
     count: int
     linear: bool = False  # a matrix of a layer: what adapters stand beside and 4-bit storage takes
-    adapter: int = 0  # elements of its adapters, for each unit of LoRA rank
+    nf4: int = 0  # bytes of a matrix in that format,
+    int8: int = 0  # and in that one
+    adapter: tuple[tuple[str, tuple[int, ...]], ...] = ()  # of each HuggingFace layer in it: sides of A and of B
     shared: bool = False  # the tied embedding of a pipeline, which two stages hold
     expert: bool = False  # of a routed expert, which ranks of their own hold
 
-    def adapters(self, rank: int) -> "Weight":
-        """Return what is trained instead of it with LoRA of `rank`."""
-        return Weight(f"{self.name}.adapter", self.adapter * rank, expert=self.expert)
+    def frozen_bytes(self, tuning: Tuning, element: int) -> int:
+        """Return the bytes that it takes where it is not trained; `element` are those of a number of the run."""
+        if self.linear and tuning.method == "qlora":
+            return self.nf4 if tuning.quantize == "nf4" else self.int8
+        return self.count * element
+
+    def trained(self, tuning: Tuning) -> list["Weight"]:
+        """Return what is trained of it, or instead of it, in megatron-core's order."""
+        if tuning.method == "full":
+            return [self]
+        return [
+            Weight(f"{self.name}.adapter", side * tuning.lora_rank, expert=self.expert)
+            for name, sides in self.adapter
+            if tuning.takes(name)
+            for side in sides
+        ]
 
 
 def expert_ranks(layout: Layout) -> int:
@@ -149,9 +176,10 @@ def active_parameters(plan: Plan) -> int:
     return plan.num_parameters - left_out
 
 
-def adapter_parameters(plan: Plan, rank: int) -> int:
-    """Return the parameters of LoRA adapters of `rank` on every matrix of the layers: rank x (rows + columns) each."""
-    return rank * sum(sum(part.shape) for step in plan.steps if _is_linear(step) for part in step.parts)
+def adapter_parameters(plan: Plan, tuning: Tuning) -> int:
+    """Return the parameters of LoRA adapters: rank x (rows + columns) of each matrix that has one."""
+    parts = (part for step in plan.steps if step.is_linear for part in step.parts)
+    return tuning.lora_rank * sum(sum(part.shape) for part in parts if tuning.takes(_end(part)))
 
 
 def _layers(plan: Plan, layout: Layout) -> list[list[Weight]]:
@@ -180,25 +208,60 @@ def _place(step: Step) -> int:
 
 
 def _weight(step: Step, layout: Layout, *, shared: bool = False) -> Weight:
-    expert, linear = _is_expert(step), _is_linear(step)
+    expert, linear = _is_expert(step), step.is_linear
     ranks = expert_ranks(layout) if expert else layout.tensor
     shapes = [_local(part, ranks) for part in step.parts]
     return Weight(
         name=step.key,
         count=sum(map(math.prod, shapes)),
         linear=linear,
-        adapter=sum(map(sum, shapes)) if linear else 0,
+        nf4=_nf4_bytes(step, shapes, ranks=ranks) if linear else 0,
+        int8=_int8_bytes(shapes) if linear else 0,
+        adapter=tuple(_sides(step, number, ranks=ranks) for number in range(len(step.parts))) if linear else (),
         shared=shared,
         expert=expert,
     )
 
 
+def _nf4_bytes(step: Step, shapes: list[tuple[int, ...]], *, ranks: int) -> int:
+    """Return the bytes of a step's matrices, of which a rank holds `shapes`, in NF4; of the fullest rank.
+
+    A rank holds whole blocks, also those that it shares with another. Codes take half a byte a weight and scales one
+    a block. Scales of scales and their offsets, all on every rank, take 8 bytes for 256 blocks, and rows that lie
+    together 8 to say where they are counted from.
+    """
+    rows, each = sum(shape[0] for shape in shapes), shapes[0][1]
+    starts = range(0, step.shape[1], each)
+    columns = max(_up(start + each, BLOCK) - start // BLOCK * BLOCK for start in starts)
+    nested = sum(-(-part.shape[0] * (part.shape[1] // BLOCK) // NESTED_BLOCK) for part in step.parts)
+    sections = sum(len(step.sections(number)) for number in range(len(step.parts)))
+    runs = len(step.blocks) // ranks if step.shares > 1 else sections
+    return rows * (columns // 2 + columns // BLOCK) + 8 * (nested + runs)
+
+
+def _int8_bytes(shapes: list[tuple[int, ...]]) -> int:
+    """Return the bytes of matrices in int8: one a weight, and four a row."""
+    return sum(rows * (columns + 4) for rows, columns in shapes)
+
+
+def _up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple
+
+
+def _sides(step: Step, number: int, *, ranks: int) -> tuple[str, tuple[int, ...]]:
+    """Return the end of a part's name, the columns of its A, and the rows of each section of its B on a rank."""
+    part = step.parts[number]
+    rows, columns = _local(part, ranks)
+    sections = step.sections(number)
+    return _end(part), (columns, *(section * rows // part.shape[0] for section in sections))
+
+
+def _end(part: Part) -> str:
+    return part.name.removesuffix(".weight").rpartition(".")[2]
+
+
 def _is_expert(step: Step) -> bool:
     return ".experts." in step.key
-
-
-def _is_linear(step: Step) -> bool:
-    return step.key.startswith(MERGED_LAYERS) and ".linear_" in step.key and len(step.shape) == 2
 
 
 def _local(part: Part, ranks: int) -> tuple[int, ...]:

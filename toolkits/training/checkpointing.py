@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,7 @@ class RunState:
     layout: Layout
     precision: str
     sharding: str | None
+    complete: Callable[[Path], None] | None = None  # adds to a step's folder what other tools read
 
 
 def check_step(folder: Path, *, contents: bool) -> Saved:

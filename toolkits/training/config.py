@@ -11,14 +11,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from data_preprocessing.blend import parse_blend
+
 from ..foundation.errors import UsageError, raise_all
-from .blend import parse_blend
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Recompute = Literal["none", "full", "selective", "offload"]
 RowKind = Literal["conversations", "documents"]
 TooLong = Literal["truncate", "drop", "stop"]
 Tracker = Literal["none", "wandb", "mlflow"]
+Quantize = Literal["none", "nf4", "int8"]
 
 
 def setting(
@@ -157,6 +159,52 @@ class ComputeSettings:
 
 
 @dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters, which are trained instead of the weights."""
+
+    lora_rank: int = setting("Rank of LoRA adapters, which are trained instead of all weights; 0: none.", 0, at_least=0)
+    lora_alpha: float = setting("Adapters count alpha / rank times.", 32.0, at_least=0)
+    lora_targets: str = setting(
+        "HuggingFace layers with an adapter: `all`, ends of names between commas (q_proj,v_proj), or a regular"
+        " expression that whole names match.",
+        "all",
+    )
+    lora_dropout: float = setting("Part of an adapter's inputs that is dropped.", 0.0, at_least=0, below=1)
+    rslora: bool = setting("Let adapters count alpha / sqrt(rank) times.", False)
+    lora_save_modules: str = setting(
+        "Trained whole beside the adapters: embed_tokens, lm_head, or both between a comma.", ""
+    )
+    lora_plus: float = setting("The learning rate of B is so many times that of A (LoRA+).", 1.0, at_least=1)
+    adapter: Path | None = setting("Adapter in PEFT's format to go on from; it says rank, alpha and targets.", None)
+    quantize: Quantize = setting(
+        "Format of the frozen matrices of the layers: nf4 with double quantisation (QLoRA; needs bitsandbytes), int8"
+        " with a scale a row, or that of --precision (none).",
+        "none",
+    )
+
+    @property
+    def is_used(self) -> bool:
+        """Whether adapters are trained instead of all weights."""
+        return self.lora_rank > 0 or self.adapter is not None
+
+    def problems(self) -> list[str]:
+        """Return what was said of adapters that there are none of, or twice."""
+        given = [
+            field.name
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default and field.name not in ("lora_rank", "adapter")
+        ]
+        flags = [f"--{name.replace('_', '-')}" for name in given]
+        if flags and not self.is_used:
+            return [f"{', '.join(flags)}: give --lora-rank or --adapter too, or all weights are trained"]
+        of_adapter = [flag for flag in flags if flag not in ("--lora-dropout", "--lora-plus", "--quantize")]
+        if self.adapter is not None and (of_adapter or self.lora_rank):
+            said = ", ".join([*of_adapter, *(["--lora-rank"] if self.lora_rank else [])])
+            return [f"--adapter says {said} itself: leave that out"]
+        return []
+
+
+@dataclass(frozen=True)
 class OptimizerSettings:
     """AdamW and its schedule: a linear warm-up, then a cosine from lr to min_lr at the last step."""
 
@@ -224,6 +272,7 @@ class TrainConfig:
     layout: LayoutSettings
     batch: BatchSettings
     compute: ComputeSettings
+    lora: LoraSettings
     optimizer: OptimizerSettings
     output: OutputSettings
 
@@ -275,11 +324,13 @@ class TrainConfig:
                 f"--warmup-iters {optimizer.warmup_iters} leaves nothing of --train-iters {batch.train_iters}: "
                 "the warm-up is part of the training steps"
             )
-        found += self.data.problems()
+        found += self.data.problems() + self.lora.problems()
         if not self.output.name or "/" in self.output.name or self.output.name.startswith("."):
             found.append(f"--name {self.output.name!r} must be the name of one folder")
         if self.model.checkpoint == "none" and self.model.hf_config is None:
             found.append("--checkpoint none trains from random weights and needs --hf-config (HF_CONFIG)")
+        if self.model.checkpoint == "none" and self.lora.is_used:
+            found.append("--checkpoint none: adapters (--lora-rank, --adapter) need the weights that they stand beside")
         return found
 
     def check(self) -> None:

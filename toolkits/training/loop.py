@@ -65,6 +65,7 @@ class Training:
     checkpoints: Path
     saver: Saver
     start: Position
+    complete: Callable[[Path], None] | None = None  # adds to a step's folder what other tools read
     began: float = field(default_factory=psutil.Process().create_time)  # before imports and loading
 
     @property
@@ -82,6 +83,7 @@ class Training:
             self.layout,
             self.config.compute.precision,
             self.config.layout.optimizer_sharding,
+            self.complete,
         )
 
     def consumed(self, index: int) -> int:

@@ -7,7 +7,13 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import (
+    MegatronOptimizer,
+    OptimizerConfig,
+    ParamKey,
+    get_megatron_optimizer,
+    get_standard_config_overrides,
+)
 
 from .config import TrainConfig
 from .parallel.fused import has_transformer_engine
@@ -26,32 +32,37 @@ def build_optimizer(
     `offload` is the share of its state that lies and is stepped in CPU memory.
     """
     settings, dtype = config.optimizer, DTYPES[config.compute.precision]
-    optimizer = get_megatron_optimizer(
-        OptimizerConfig(
-            optimizer="adam",
-            lr=settings.lr,
-            min_lr=settings.min_lr,
-            weight_decay=settings.weight_decay,
-            adam_beta1=settings.adam_beta1,
-            adam_beta2=settings.adam_beta2,
-            adam_eps=settings.adam_eps,
-            clip_grad=settings.clip_grad,
-            bf16=dtype is torch.bfloat16,
-            fp16=dtype is torch.float16,
-            initial_loss_scale=INITIAL_LOSS_SCALE,
-            hysteresis=1,
-            params_dtype=dtype,
-            **_offload_fields(config, offload),
-            use_distributed_optimizer=config.layout.distributed_optimizer,
-        ),
-        chunks,
+    own = OptimizerConfig(
+        optimizer="adam",
+        lr=settings.lr,
+        min_lr=settings.min_lr,
+        weight_decay=settings.weight_decay,
+        adam_beta1=settings.adam_beta1,
+        adam_beta2=settings.adam_beta2,
+        adam_eps=settings.adam_eps,
+        clip_grad=settings.clip_grad,
+        bf16=dtype is torch.bfloat16,
+        fp16=dtype is torch.float16,
+        initial_loss_scale=INITIAL_LOSS_SCALE,
+        hysteresis=1,
+        params_dtype=dtype,
+        **_offload_fields(config, offload),
+        use_distributed_optimizer=config.layout.distributed_optimizer,
     )
+    optimizer = get_megatron_optimizer(own, chunks, _group_overrides(config, own))
     # megatron-core marks the groups and leaves it to its scheduler to apply the mark.
     for group in optimizer.param_groups:
         group["weight_decay"] = settings.weight_decay * group["wd_mult"]
     for one in _inner(optimizer):
         _allocate_moments(one.optimizer)
     return optimizer
+
+
+def _group_overrides(config: TrainConfig, own: OptimizerConfig) -> dict[ParamKey, Any] | None:
+    """Return megatron-core's rules for groups, and that of B's learning rate (LoRA+, Hayou et al., 2024)."""
+    if config.lora.lora_plus == 1:
+        return None
+    return {**get_standard_config_overrides(own), ParamKey(name="*.adapter.b*"): {"lr_mult": config.lora.lora_plus}}
 
 
 def _offload_fields(config: TrainConfig, offload: float) -> dict[str, Any]:
@@ -138,6 +149,6 @@ def learning_rate(step: int, *, steps: int, warmup: int, peak: float, floor: flo
 
 
 def set_learning_rate(optimizer: MegatronOptimizer, rate: float) -> None:
-    """Give every parameter group the learning rate `rate`."""
+    """Give every parameter group the learning rate `rate`, or its own multiple of it."""
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = rate * group.get("lr_mult", 1.0)

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data_preprocessing.blend import Mix
 from data_preprocessing.dataset import Dataset
+from data_preprocessing.fitting import fit
 from data_preprocessing.packing import one_per_row, pack
 
 from ..foundation.errors import DataError
-from .blend import Mix
 from .config import DataSettings
 from .layout import Layout
 
@@ -203,37 +204,10 @@ class Rows:
 
 def _fitting(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[str]]:
     """Return the conversations with a trained token, cut behind the last whole answer within `seq_len`."""
-    limit, lengths, targets = settings.seq_len, np.array(dataset.lengths), dataset.trained_targets()
-    long = np.flatnonzero(lengths > limit)
-    if settings.too_long == "stop" and len(long):
-        worst = int(lengths.argmax())
-        raise DataError(
-            f"{dataset.path}: {len(long):,} of {len(lengths):,} conversations are longer than --seq-len "
-            f"{limit}, the longest {lengths.max():,} tokens (row {worst}); raise SEQ_LEN, or cut them "
-            "with --too-long truncate, or leave them out with --too-long drop"
-        )
-    for index in long.tolist():
-        mask = dataset.mask(index)
-        lengths[index] = _last_turn_end(mask, limit) if settings.too_long == "truncate" else 0
-        targets[index] = np.count_nonzero(mask[1 : lengths[index]])
-    dropped, untrained = lengths == 0, (lengths > 0) & (targets == 0)
-    kept = np.flatnonzero(~dropped & ~untrained)
-    counts = len(long) - int(dropped.sum()), int(dropped.sum()), int(untrained.sum())
-    return Selection(dataset, kept, lengths[kept]), _remarks(dataset, *counts, limit)
-
-
-def _last_turn_end(mask: np.ndarray, limit: int) -> int:
-    """Return where the last trained turn ends that is whole within `limit` tokens; 0 when none is."""
-    ends = np.flatnonzero(np.diff(mask[: limit + 1].astype(np.int8)) == -1) + 1
-    return int(ends[-1]) if len(ends) else 0
-
-
-def _remarks(dataset: Dataset, cut: int, dropped: int, untrained: int, seq_len: int) -> list[str]:
-    remarks = []
-    if cut:
-        remarks.append(f"{cut:,} conversations over {seq_len} tokens were cut behind their last whole answer that fits")
-    if dropped:
-        remarks.append(f"{dropped:,} conversations were left out: over {seq_len} tokens, and no whole answer fits")
+    fitted = fit(dataset, settings.seq_len, settings.too_long)
+    remarks = fitted.remarks(dataset)
+    untrained = int(((fitted.lengths > 0) & (fitted.targets == 0)).sum())
     if untrained:
-        remarks.append(f"{untrained:,} conversations were left out: no token of them is trained on")
-    return [f"{dataset.path}: {remark}" for remark in remarks]
+        remarks.append(f"{dataset.path}: {untrained:,} conversations were left out: no token of them is trained on")
+    kept = np.flatnonzero((fitted.lengths > 0) & (fitted.targets > 0))
+    return Selection(dataset, kept, fitted.lengths[kept]), remarks

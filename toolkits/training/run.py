@@ -6,7 +6,9 @@ import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,14 +22,17 @@ from ..monitoring.record import EXPORTING, RUNNING
 from ..monitoring.trackers import require_tracker
 from ..planning.memory import offload_that_fits, run_memory
 from ..planning.weights import Tuning
+from . import quantize
+from .adapters import attach
 from .batches import Batches
 from .checkpointing import Position, RunState, Saved, load_step, newest_step, require_loadable
 from .config import TrainConfig
 from .layout import Layout, layout_of
 from .loop import Training, train
+from .lora import Lora, write_peft
 from .objectives import Objective
 from .optimizer import build_optimizer
-from .parallel.model import DTYPES, build_model, wrap
+from .parallel.model import DTYPES, Chunks, build_model, wrap
 from .parallel.world import gather, process_groups, rank
 from .reporter import Reporter, StepFigures, peak_memory
 from .run_folder import claimed, data_digest
@@ -48,6 +53,7 @@ class RunPlan:
     source: ModelSource
     data: DataSource
     layout: Layout
+    lora: Lora | None = None
 
     @property
     def folder(self) -> Path:
@@ -63,8 +69,13 @@ class RunPlan:
     @property
     def memory(self) -> int:
         """The bytes that the fullest rank needs at its worst moment."""
-        ranks = run_memory(self.source.plan, self.config, self.layout, Tuning(), offload=self.offload)
+        ranks = run_memory(self.source.plan, self.config, self.layout, self.tuning, offload=self.offload)
         return max(each.total for each in ranks)
+
+    @property
+    def tuning(self) -> Tuning:
+        """What is trained, as the planner has it."""
+        return Tuning() if self.lora is None else self.lora.tuning
 
     @property
     def offload(self) -> float:
@@ -75,7 +86,7 @@ class RunPlan:
         if said != "auto":
             return float(said)
         _, gpu_bytes = torch.cuda.mem_get_info()
-        return offload_that_fits(self.source.plan, self.config, self.layout, gpu_bytes)
+        return offload_that_fits(self.source.plan, self.config, self.layout, gpu_bytes, self.tuning)
 
     @property
     def export(self) -> Path:
@@ -101,7 +112,12 @@ def run(config: TrainConfig, objective: Objective) -> list[StepFigures]:
         require_tracker(config.output.tracker)
     source = find_model(config.model)
     layout = layout_of(config, source.settings, int(os.environ["WORLD_SIZE"]))
-    plan = RunPlan(config, source, find_data(config.data, source), layout)
+    lora = Lora.of(config, source)
+    if lora is not None:
+        lora.require_layout(source.plan, layout)
+        if lora.quantize == "nf4":
+            quantize.require_bitsandbytes()
+    plan = RunPlan(config, source, find_data(config.data, source), layout, lora)
     plan.data.require_one_step(config.batch.global_batch_size)
     plan.require_warmup_inside()
     _require_export_free(plan)
@@ -170,18 +186,12 @@ def _set_up(
 ) -> Training:
     from megatron.core import parallel_state
 
-    config, source, layout = plan.config, plan.source, plan.layout
+    config, layout = plan.config, plan.layout
     precision, sharding = config.compute.precision, config.layout.optimizer_sharding
     if resumed is not None:
         require_loadable(resumed, layout, precision=precision, sharding=sharding)
     _require_space(plan)
-    chunks = build_model(
-        source.settings, layout, config.compute, initialize=config.model.checkpoint == "none" and resumed is None
-    )
-    if resumed is None and source.hf_weights is not None:
-        load_huggingface(chunks, source.hf_weights)
-    elif resumed is None and source.mcore_weights is not None:
-        load_mcore(chunks, source.mcore_weights)
+    chunks = _model(plan, resumed)
     wrapped = wrap(
         chunks,
         distributed_optimizer=config.layout.distributed_optimizer,
@@ -204,7 +214,29 @@ def _set_up(
         checkpoints=plan.folder,
         saver=Saver(plan.folder, config.output.keep_last, say=reporter.say, saved=reporter.saved),
         start=start,
+        complete=partial(write_peft, plan.lora, plan.source, DTYPES[precision]) if plan.lora is not None else None,
     )
+
+
+def _model(plan: RunPlan, resumed: Saved | None) -> Chunks:
+    """Build this rank's model; its weights are there unless a step will bring them."""
+    config, source, lora = plan.config, plan.source, plan.lora
+    is_new = resumed is None or lora is not None  # an adapter's step has no other weights
+    initialize = config.model.checkpoint == "none" and is_new
+    quantize_as = lora.quantize if lora is not None else None
+    kinds = {"adapters": lora is not None, "quantized": quantize_as is not None}
+    chunks = build_model(source.settings, plan.layout, config.compute, initialize=initialize, **kinds)
+    if quantize_as is not None:
+        quantize.allocate(chunks, source.plan, quantize_as)
+        quantize.load(chunks, source.plan, quantize.matrices_of(source))
+    if is_new and source.hf_weights is not None:
+        load_huggingface(chunks, source.hf_weights)
+    elif is_new and source.mcore_weights is not None:
+        elsewhere = {step.key for step in source.plan.steps if step.is_linear} if quantize_as else set()
+        load_mcore(chunks, source.mcore_weights, elsewhere=elsewhere)
+    if lora is not None:
+        attach(chunks, lora, source.plan, seed=config.data.seed)
+    return chunks
 
 
 def _start(resumed: Saved | None, digest: str, *, restart: bool) -> Position:
@@ -264,6 +296,7 @@ def _require_export_free(plan: RunPlan) -> None:
 
 def _export(plan: RunPlan, saved: Path, reporter: Reporter) -> None:
     from conversion.mcore_to_hf import convert
+    from conversion.merge import merge
 
     note = plan.folder / EXPORTED
     if plan.export.exists() and note.exists() and note.read_text(encoding="utf-8") == saved.name:
@@ -271,6 +304,11 @@ def _export(plan: RunPlan, saved: Path, reporter: Reporter) -> None:
         return
     with reporter.doing(EXPORTING):
         write_text(note, "unfinished")  # so that a start after a kill knows whose folder this is
-        convert(saved, plan.export, overwrite=True, restart=True)  # what an earlier start of this run exported
+        replaces: dict[str, Any] = {"overwrite": True, "restart": True}  # what an earlier start of this run exported
+        base = plan.source.hf_weights or plan.source.mcore_weights
+        if plan.lora is None:
+            convert(saved, plan.export, **replaces)
+        elif base is not None:
+            merge(base, [(saved, 1.0)], plan.export, **replaces)
         write_text(note, saved.name)
         reporter.exported(plan.export, step=saved.name)

@@ -15,18 +15,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conversion.digest import weights_digest
 from conversion.generation_config import stop_at
 from conversion.hf_checkpoint import copy_sidecar_files
 from conversion.mcore_directory import step_folders
+from data_preprocessing.blend import parse_blend, whole_weights
 from data_preprocessing.dataset import document_prefix, open_dataset
 from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import UsageError
 from ..foundation.lock import locked
 from ..foundation.publish import publish_directory, remove_unfinished, write_text
-from ..monitoring.lineage import weights_digest
-from .blend import parse_blend, whole_weights
-from .config import TrainConfig
+from .config import LoraSettings, TrainConfig
 from .ending import end_token
 from .sources import ModelSource
 
@@ -51,6 +51,7 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "packing": data.packing,
             "too_long": data.too_long,
             "seed": data.seed,
+            **({"adapter": adapter_fingerprint(config.lora)} if config.lora.is_used else {}),
         },
         "schedule": {
             **asdict(config.optimizer),
@@ -59,6 +60,14 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "global_batch_size": config.batch.global_batch_size,
         },
     }
+
+
+def adapter_fingerprint(lora: LoraSettings) -> dict[str, Any]:
+    """Return what makes two runs train the same adapters."""
+    said = {name: value for name, value in asdict(lora).items() if name not in ("adapter", "lora_plus")}
+    if lora.adapter is not None:
+        said["from"] = weights_digest(lora.adapter)
+    return said
 
 
 def data_digest(folder: Path) -> str:
@@ -92,7 +101,8 @@ def _stop_where_trained(hf_files: Path, data: str) -> list[str]:
     ends = [end_token(open_dataset(part.path)) for part in parse_blend(data)]
     before = {end: stop_at(hf_files, end) for end in dict.fromkeys(ends) if end is not None}
     return [
-        f"answers in the data end with token {end}: generation_config.json gets it beside {known or 'none'}"
+        f"answers in the data end with token {end}: generation_config.json gets it "
+        + (f"beside {known}" if known else "as its only one")
         for end, known in before.items()
         if known is not None
     ]
@@ -120,8 +130,8 @@ def _compare(folder: Path, now: Mapping[str, Any], config: TrainConfig) -> list[
 def _differences(
     then: Mapping[str, Any], now: Mapping[str, Any], *, leave_out: tuple[str, ...] = ()
 ) -> list[tuple[str, Any, Any]]:
-    names = [name for name in now if name not in leave_out]
-    return [(name, then.get(name), now[name]) for name in names if then.get(name) != now[name]]
+    names = [name for name in {**now, **then} if name not in leave_out and (name in now or name == "adapter")]
+    return [(name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)]
 
 
 def _weights_fingerprint(source: ModelSource, seed: int) -> str:

@@ -180,6 +180,8 @@ def _complete(pending: _Pending) -> None:
     files = {name: described for share in gather(pending.files) for name, described in share.items()}
     if rank() == 0:
         temporary = temporary_of(pending.target)
+        if pending.state.complete is not None:
+            pending.state.complete(temporary)
         files |= {path.name: describe(path) for path in sorted(temporary.iterdir()) if path.name not in files}
         said = manifest(pending.state, pending.position, files)
         (temporary / MANIFEST).write_text(json.dumps(said, indent=1))

@@ -10,13 +10,14 @@ import numpy as np
 
 from conversion.hf_checkpoint import is_hf_directory, read_config
 from conversion.mcore_checkpoint import find_step, hf_folder, is_mcore_directory
+from conversion.mcore_directory import require_model
 from conversion.plan import Plan, plan_for
 from conversion.settings import untrainable_reasons
+from data_preprocessing.blend import Mix, Part, parse_blend, whole_weights
 from data_preprocessing.dataset import Dataset, document_prefix, open_dataset
 from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import CheckpointError, DataError, UsageError, raise_all
-from .blend import Mix, Part, parse_blend, whole_weights
 from .config import DataSettings, ModelSettings
 from .rows import Rows, Selection, make_rows, select
 
@@ -68,6 +69,7 @@ def find_model(model: ModelSettings) -> ModelSource:
         hf_files, weights = _config_folder(model.hf_config), {}
     elif is_mcore_directory(path):
         hf_files, weights = hf_folder(path), {"mcore_weights": find_step(path)}
+        require_model(weights["mcore_weights"])
     elif is_hf_directory(path):
         hf_files, weights = path, {"hf_weights": path}
     else:

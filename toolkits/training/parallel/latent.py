@@ -30,4 +30,8 @@ class _EveryColumn(ColumnParallelLinear):
     def forward(self, input_: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         """[s / TP, b, in] -> [s / TP, b, out]."""
         columns, _ = super().forward(input_, *args, **kwargs)
-        return scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(columns)), None
+        return self.behind(columns), None
+
+    def behind(self, columns: torch.Tensor) -> torch.Tensor:
+        """[s, b, out / TP] -> [s / TP, b, out]."""
+        return scatter_to_sequence_parallel_region(gather_from_tensor_model_parallel_region(columns))

@@ -2,7 +2,8 @@
 
 import contextlib
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.models.gpt import GPTModel
 from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
 from ..config import ComputeSettings
 from ..layout import GRADIENT_BUCKET, Layout
@@ -34,6 +36,7 @@ class PaddedVocabularyGPT(GPTModel):
 
     real_vocab_size: int
     offloads: bool  # saved activations wait for the backward pass in CPU memory
+    saved: "Callable[[PaddedVocabularyGPT], dict[str, Any]] | None" = None  # what is saved instead of all weights
 
     def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Run this stage; see GPTModel.forward."""
@@ -60,30 +63,49 @@ Chunks = tuple[PaddedVocabularyGPT, ...]  # this rank's parts of the model: one,
 
 
 def build_model(
-    settings: Mapping[str, Any], layout: Layout, compute: ComputeSettings, *, initialize: bool = True
+    settings: Mapping[str, Any],
+    layout: Layout,
+    compute: ComputeSettings,
+    *,
+    initialize: bool = True,
+    adapters: bool = False,
+    quantized: bool = False,
 ) -> Chunks:
     """Build this rank's chunks of the model, bare (no wrapper), on the rank's device.
+
+    With `adapters` its layers are our own also where Transformer Engine is installed, whose fused norms keep to
+    themselves what an adapter takes in. `quantized` ones have no matrices yet; see `QuantizedLayer`.
 
     `settings` come from `conversion.settings.mcore_settings`; process groups must be up. `initialize` False
     leaves the weights as they are allocated, for a checkpoint to fill.
     """
-    config = transformer_config(settings, layout, compute, initialize=initialize)
+    engine = takes_engine(compute, adapters=adapters)
+    config = transformer_config(settings, layout, compute, initialize=initialize, engine=engine)
+    spec = partial(decoder_spec, config, flash_attention=compute.flash_attention, engine=engine, quantized=quantized)
     stages = range(layout.chunks) if layout.chunks > 1 else (None,)
-    return tuple(_chunk(settings, layout, compute, config, vp_stage=stage) for stage in stages)
+    chunks = tuple(_chunk(settings, layout, config, spec(vp_stage=stage), vp_stage=stage) for stage in stages)
+    for chunk in chunks:
+        chunk.offloads = compute.recompute == "offload"
+    return chunks
+
+
+def takes_engine(compute: ComputeSettings, *, adapters: bool = False) -> bool:
+    """Whether the layers are Transformer Engine's on this machine."""
+    return compute.flash_attention and has_transformer_engine() and not adapters
 
 
 def _chunk(
     settings: Mapping[str, Any],
     layout: Layout,
-    compute: ComputeSettings,
     config: TransformerConfig,
+    spec: TransformerBlockSubmodules,
     *,
     vp_stage: int | None,
 ) -> PaddedVocabularyGPT:
     vocab_size = settings["vocab_size"]
     model = PaddedVocabularyGPT(
         config,
-        decoder_spec(config, flash_attention=compute.flash_attention, vp_stage=vp_stage),
+        spec,
         vocab_size=-(-vocab_size // layout.tensor) * layout.tensor,
         max_sequence_length=settings["max_position_embeddings"],
         pre_process=parallel_state.is_pipeline_first_stage(ignore_virtual=False, vp_stage=vp_stage),
@@ -96,18 +118,22 @@ def _chunk(
     if model.post_process:
         model.output_layer.__class__ = LossHead  # GPTModel leaves no other choice of its output layer
     model.real_vocab_size = vocab_size
-    model.offloads = compute.recompute == "offload"
     return model.cuda()
 
 
 def transformer_config(
-    settings: Mapping[str, Any], layout: Layout, compute: ComputeSettings, *, initialize: bool = True
+    settings: Mapping[str, Any],
+    layout: Layout,
+    compute: ComputeSettings,
+    *,
+    initialize: bool = True,
+    engine: bool = False,
 ) -> TransformerConfig:
-    """Return megatron-core's config for a family's settings under a layout."""
+    """Return megatron-core's config for a family's settings under a layout; `engine`: its layers are that one's."""
     kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
     of_gpt = {*GPT_SETTINGS, "activation"} - {field.name for field in dataclasses.fields(kind)}
     fields = {name: value for name, value in settings.items() if name not in of_gpt}
-    fields |= _recompute_fields(compute) | _fusion_fields(settings, compute)
+    fields |= _recompute_fields(compute) | _fusion_fields(settings, engine)
     dtype = DTYPES[compute.precision]
     return kind(
         **fields,
@@ -138,9 +164,9 @@ def transformer_config(
     )
 
 
-def _fusion_fields(settings: Mapping[str, Any], compute: ComputeSettings) -> dict[str, Any]:
+def _fusion_fields(settings: Mapping[str, Any], engine: bool) -> dict[str, Any]:
     """Choose megatron-core's fused operations: what this machine has a kernel or a compiler for."""
-    engine, gpu = compute.flash_attention and has_transformer_engine(), torch.cuda.is_available()
+    gpu = torch.cuda.is_available()
     return {
         # Compiled. The fused GELU is the tanh approximation, so only SwiGLU is exact.
         "bias_activation_fusion": gpu and settings["activation"] == "silu",
@@ -211,7 +237,10 @@ def gather_weights(wrapped: list[DistributedDataParallel]) -> None:
 
 def sharded_state(chunks: Chunks) -> dict[str, dict[str, Any]]:
     """Return the sharded state of every chunk; what is saved is named by the tensors' own keys, not by the chunk."""
-    return {f"chunk{number}": chunk.sharded_state_dict() for number, chunk in enumerate(chunks)}
+    return {
+        f"chunk{number}": chunk.saved(chunk) if chunk.saved else chunk.sharded_state_dict()
+        for number, chunk in enumerate(chunks)
+    }
 
 
 def unwrapped(model: torch.nn.Module) -> PaddedVocabularyGPT:

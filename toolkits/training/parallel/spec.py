@@ -11,24 +11,33 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_layer import get_transformer_layer_offset
 
 from .attention import PackedAttention, ReferenceAttention
-from .fused import has_transformer_engine
 from .latent import LatentAttention
 from .norm import RMSNorm
+from .quantized import QuantizedLayer
 
 
 def decoder_spec(
-    config: TransformerConfig, *, flash_attention: bool = True, vp_stage: int | None = None
+    config: TransformerConfig,
+    *,
+    flash_attention: bool = True,
+    engine: bool = False,
+    quantized: bool = False,
+    vp_stage: int | None = None,
 ) -> TransformerBlockSubmodules:
     """Return the spec of the layers of this pipeline stage, or virtual stage, and of the final norm.
 
-    Without `flash_attention` the exact path of this folder is taken on every machine.
+    With `engine` Transformer Engine's; without `flash_attention` the exact attention of this folder. `quantized`
+    layers wait for matrices in another format.
     """
-    if flash_attention and has_transformer_engine():
+    if engine:
         return get_gpt_decoder_block_spec(config, use_transformer_engine=True, vp_stage=vp_stage)
     core_attention = PackedAttention if flash_attention else ReferenceAttention
     first = get_transformer_layer_offset(config, vp_stage=vp_stage)
     numbers = range(first, first + get_num_layers_to_build(config, vp_stage))
     layers = [_layer(config, core_attention, experts=_has_experts(config, number)) for number in numbers]
+    if quantized:
+        for layer in layers:
+            layer.module = QuantizedLayer
     return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
 
 
