@@ -34,9 +34,10 @@ setup(
     ],
     extras_require={
         "data": ["pyarrow"],  # Parquet and zstd
+        "qlora": ["bitsandbytes>=0.50"],  # NF4, on a GPU and on a CPU
         "te": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny<4"],  # enough for its file store
-        "dev": ["pytest", "ruff", "mypy", "pyarrow"],
+        "dev": ["pytest", "ruff", "mypy", "pyarrow", "peft", "bitsandbytes>=0.50"],
     },
 )

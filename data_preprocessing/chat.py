@@ -16,7 +16,7 @@ from typing import Any, Literal
 from toolkits.foundation.errors import DataError
 
 from .control_text import ControlText
-from .encoders import EncoderName, choose_encoder
+from .encoders import EncoderName, begin_encoder, choose_encoder
 from .masks import Span
 from .records import Conversation
 from .row_error import RowError
@@ -25,7 +25,7 @@ from .shapes import LEFT, RIGHT, Shape, shape_of, stand_in
 from .spans import SpanFinder
 from .template import CHATML_SOURCE, CHATML_TOKENS, ChatTemplate, find_template
 from .tokenizer import LoadedTokenizer, load_tokenizer
-from .turns import Message
+from .turns import Message, PlainTurns
 
 TrainOn = Literal["all", "last", "marked"]
 ESCAPED_HALF = re.compile(r"\\ud8[0-9a-f]{2}")  # of a surrogate pair: how JSON in ASCII would spell hidden text
@@ -47,6 +47,7 @@ class ChatEncoder:
         train_on: TrainOn = "all",
         may_be_untrained: bool = False,
     ) -> None:
+        begun = begin_encoder(Path(folder), encoder)
         self.tokenizer: LoadedTokenizer = load_tokenizer(folder)
         source = find_template(self.tokenizer.folder, self.tokenizer.config)
         if source.origin == CHATML_SOURCE:
@@ -54,9 +55,10 @@ class ChatEncoder:
         self.template, self.train_on = ChatTemplate(source, self.tokenizer.named), train_on
         self._control = ControlText(self.tokenizer)
         self._finder = SpanFinder(self.template, self._control)
-        flat = choose_encoder(self.tokenizer, encoder)
+        flat = choose_encoder(self.tokenizer, encoder, begun=begun)
         self._samples = SampleEncoder(self.tokenizer, flat, self._control, may_be_untrained=may_be_untrained)
         self._shapes: dict[tuple[object, ...], Shape | None] = {}
+        self._shapes_by_roles: dict[tuple[str, ...], Shape | None] = {}
 
     def render(self, conversation: Conversation, *, trained: Sequence[bool] | None = None) -> Rendered:
         """Return the conversation's text and trained spans; `trained` says of each turn whether it is one.
@@ -72,6 +74,19 @@ class ChatEncoder:
         wanted = trained if trained is not None else _trained_turns(conversation.messages, self.train_on)
         messages, tools, num_hidden = self._hidden(conversation)
         return self._rendered(messages, tools, wanted, num_hidden)
+
+    def render_plain(self, turns: PlainTurns) -> Rendered | None:
+        """Return what `render` would of a conversation of plain turns; None where it must be asked."""
+        if turns.roles not in self._shapes_by_roles:
+            if len(self._shapes_by_roles) == MAX_SHAPES:
+                return None
+            said = zip(turns.roles, turns.contents, strict=True)
+            messages = [Message(role, content) for role, content in said]
+            self._shapes_by_roles[turns.roles] = self._shape(messages, None) if self.template.copies_contents else None
+        shape = self._shapes_by_roles[turns.roles]
+        if shape is None or self._control.is_in(turns.contents):
+            return None
+        return shape.fill(turns.contents, 0, turns.sizes)
 
     def render_prompt(self, conversation: Conversation) -> Rendered:
         """Return the text in front of the answer that the conversation waits for, of which nothing is trained."""

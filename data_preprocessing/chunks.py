@@ -19,7 +19,7 @@ from .chat import ChatEncoder, TrainOn
 from .dataset import Kind
 from .encoders import EncoderName
 from .reading import Row, parse_row
-from .records import Conversation, Document, Labelled, Preference, Prompt, Record, record
+from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversation, record
 from .row_error import RowError
 from .samples import Rendered, Samples
 from .text import TextEncoder
@@ -107,10 +107,13 @@ def chunks_of(rows: Iterable[Row], *, first: int, chunk_rows: int) -> Iterator[C
 
 
 class ChunkWork:
-    """What is done to the chunks of a build whose rows are of one kind."""
+    """What is done to the chunks of a build whose rows are of one kind; `wants_records`: `record` is asked for each."""
+
+    wants_records = False
 
     def __init__(self, kind: Kind, tokenizer: Path, options: BuildOptions) -> None:
         self.kind, self.options, self._is_single = kind, options, kind in ("conversations", "text")
+        self._may_be_plain = kind == "conversations" and not options.columns and not self.wants_records
         self.encoder: ChatEncoder | TextEncoder
         if kind == "text":
             self.encoder = TextEncoder(tokenizer, encoder=options.encoder, end_token=options.end_token)
@@ -133,19 +136,33 @@ class ChunkWork:
         done = Prepared(chunk)
         for index, row in enumerate(chunk.rows):
             try:
-                found = self.record(row)
-                done.layouts[found.layout] += 1
-                rendered, about = self._render(found)
+                value = parse_row(row, encoding=self.options.encoding)
+                layout, rendered, about = self._plain(value) or self._any(row, value)
             except RowError as error:
                 done.rejects.append((row, error))
                 continue
+            done.layouts[layout] += 1
             done.rendered += rendered
             done.groups.append((index, about))
         return done
 
-    def record(self, row: Row) -> Record:
-        """Return the record of a row; RowError when it is none, or of another kind."""
-        found = read_record(row, self.options)
+    def _plain(self, value: Any) -> tuple[str, list[Rendered], bytes] | None:
+        """Return layout, rendered rows and line for .about of a row whose shape is known; None for any other."""
+        turns = plain_conversation(value) if self._may_be_plain else None
+        if turns is None:
+            return None
+        assert isinstance(self.encoder, ChatEncoder)  # or nothing may be plain
+        rendered = self.encoder.render_plain(turns)
+        return None if rendered is None else (turns.layout, [rendered], b"")
+
+    def _any(self, row: Row, value: Any) -> tuple[str, list[Rendered], bytes]:
+        """Return the same of any row."""
+        found = self.record(row, value)
+        return found.layout, *self._render(found)
+
+    def record(self, row: Row, value: Any) -> Record:
+        """Return the record of a row's JSON value; RowError when it is none, or of another kind."""
+        found = record(value, merge_consecutive=self.options.merge_consecutive, columns=self.options.columns)
         kind = KIND_OF[type(found)]
         if kind != self.kind:
             said = f"{ONE_OF[kind][0]} in a file of {ONE_OF[self.kind][1]}; a dataset holds one of them"
@@ -159,9 +176,10 @@ class ChunkWork:
         samples, failed = _without_failed_groups(samples, size)
         rows = done.chunk.rows
         rejects = done.rejects + [(rows[done.groups[group][0]], error) for group, error in failed.items()]
-        places = {id(row): place for place, row in enumerate(rows)}
-        rejects.sort(key=lambda reject: places[id(reject[0])])
-        about = b"".join(line for group, (_, line) in enumerate(done.groups) if group not in failed)
+        if rejects:
+            places = {id(row): place for place, row in enumerate(rows)}
+            rejects.sort(key=lambda reject: places[id(reject[0])])
+        about = b"".join([line for group, (_, line) in enumerate(done.groups) if line and group not in failed])
         hidden = [rendered.num_control_texts for rendered in done.rendered]
         return Finished(
             num_rows=len(rows),

@@ -14,6 +14,7 @@ changes on the way, so character spans stay true. Every other row goes through t
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -47,6 +48,14 @@ class ControlText:
             if first in text:
                 return self.pattern.subn(lambda match: self._hidden[match[0][0]] + match[0][1:], text)
         return text, 0
+
+    def is_in(self, texts: Sequence[str]) -> bool:
+        """Whether one of `texts` has control text."""
+        for first in self._firsts:
+            for text in texts:
+                if first in text and self.pattern.search(text):
+                    return True
+        return False
 
     def hide_all(self, value: Any) -> tuple[Any, int]:
         """Return a JSON value with the control text of all its strings hidden, and how many there were."""

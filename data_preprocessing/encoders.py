@@ -14,10 +14,11 @@ import json
 import os
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -71,25 +72,46 @@ class FastokensEncoder:
 
     name = "fastokens"
 
-    def __init__(self, tokenizer: LoadedTokenizer) -> None:
-        from fastokens import Tokenizer
-
-        if tokenizer.as_json is None:
-            self._built = Tokenizer.from_file(str(tokenizer.folder / "tokenizer.json"))
-        else:
-            self._built = Tokenizer.from_json_str(tokenizer.as_json)
-        self._built.no_truncation()
-        self._built.no_padding()
+    def __init__(self, tokenizer: LoadedTokenizer, *, begun: Future[Any] | None = None) -> None:
+        is_begun = begun is not None and tokenizer.as_json is None  # else tokenizer.json is not all of it
+        self._built = begun if is_begun else _in_background(_fastokens, tokenizer.folder, tokenizer.as_json)
 
     def encode(self, texts: Sequence[str]) -> Flat:
-        ids, bounds = self._built.encode_batch_flat(list(texts), add_special_tokens=False)
+        assert self._built is not None  # one of the two was begun
+        ids, bounds = self._built.result().encode_batch_flat(list(texts), add_special_tokens=False)
         return np.frombuffer(ids, np.int32), np.frombuffer(bounds, np.int64)
 
 
-def choose_encoder(tokenizer: LoadedTokenizer, name: EncoderName = "auto") -> FlatEncoder:
+def begin_encoder(folder: Path, name: EncoderName = "auto") -> Future[Any] | None:
+    """Begin to build what `choose_encoder` will probably choose, beside Python, which has a tokenizer to read."""
+    wanted = name != "tokenizers" and importlib.util.find_spec("fastokens") is not None
+    return _in_background(_fastokens, folder, None) if wanted and (folder / "tokenizer.json").exists() else None
+
+
+def _in_background(build: Callable[..., Any], *of: object) -> Future[Any]:
+    thread = ThreadPoolExecutor(1)
+    begun = thread.submit(build, *of)
+    thread.shutdown(wait=False)
+    return begun
+
+
+def _fastokens(folder: Path, as_json: str | None) -> Any:
+    from fastokens import Tokenizer
+
+    file = str(folder / "tokenizer.json")
+    built = Tokenizer.from_file(file) if as_json is None else Tokenizer.from_json_str(as_json)
+    built.no_truncation()
+    built.no_padding()
+    return built
+
+
+def choose_encoder(
+    tokenizer: LoadedTokenizer, name: EncoderName = "auto", *, begun: Future[Any] | None = None
+) -> FlatEncoder:
     """Return the encoder called `name`; `auto` takes fastokens where it is equal to tokenizers.
 
-    Raises MachineError for fastokens by name where it is missing or makes other ids.
+    `begun` is what `begin_encoder` returned. Raises MachineError for fastokens by name where it is missing or makes
+    other ids.
     """
     installed = importlib.util.find_spec("fastokens") is not None
     if name == "fastokens" and not installed:
@@ -98,7 +120,7 @@ def choose_encoder(tokenizer: LoadedTokenizer, name: EncoderName = "auto") -> Fl
         return TokenizersEncoder(tokenizer)
     why = _difference(tokenizer)
     if not why:
-        return FastokensEncoder(tokenizer)
+        return FastokensEncoder(tokenizer, begun=begun)
     if name == "fastokens":
         raise MachineError(f"--encoder fastokens: {why} with {tokenizer.folder}; leave the flag out")
     print(f"the encoder is tokenizers, because fastokens {why} with {tokenizer.folder}", file=sys.stderr)

@@ -16,7 +16,7 @@ a text, a message, a list of messages, or, with no prompt beside them, a whole c
 from typing import Any
 
 from .row_error import RowError
-from .turns import CALL_ROLES, ROLES, Message, is_encodable, json_of, json_type, text_of
+from .turns import CALL_ROLES, ROLES, Message, PlainTurns, good_roles, is_encodable, json_of, json_type, text_of
 
 LAYOUTS = {
     "messages": ("messages",),
@@ -39,6 +39,34 @@ def messages_of(layout: str, row: dict[str, Any]) -> list[Message]:
     if "output" not in row:
         raise RowError("type", "output is missing")
     return [*_alpaca_prompt(row), Message("assistant", text_of(row["output"], "output"))]
+
+
+def plain_turns(row: dict[str, Any]) -> PlainTurns | None:
+    """Return what a conversation of plain turns says; None for every other one, good or not."""
+    if row.get("tools") not in (None, "", []) or row.get("system") not in (None, ""):
+        return None
+    layout, key = ("messages", "messages") if "messages" in row else ("sharegpt", "conversations")
+    turns = row.get(key)
+    if type(turns) is not list:
+        return None
+    said, contents, sizes = [], [], []
+    for turn in turns:
+        if type(turn) is not dict or len(turn) != 2:
+            return None
+        text = turn.get("content") or turn.get("value")
+        if type(text) is not str or not text or "\0" in text or text.isspace():
+            return None
+        try:
+            sizes.append(len(text) if text.isascii() else len(text.encode()))
+        except UnicodeEncodeError:
+            return None
+        said.append(turn.get("role") or turn.get("from"))
+        contents.append(text)
+    try:
+        roles = good_roles(tuple(said))
+    except TypeError:  # a role that is a list or an object
+        return None
+    return PlainTurns(layout, roles, contents, sizes) if roles else None
 
 
 def answers_of(row: dict[str, Any]) -> tuple[str, list[Message], tuple[list[Message], list[Message]]]:
@@ -115,11 +143,10 @@ def _plain_turn(turn: Any) -> Message | None:
     what reading costs."""
     if type(turn) is not dict or len(turn) != 2:
         return None
-    text = turn.get("content") or turn.get("value")
-    role = ROLES.get(turn.get("role") or turn.get("from"))  # type: ignore[arg-type]
-    if role is None or type(text) is not str or not is_encodable(text):
+    text, said = turn.get("content") or turn.get("value"), turn.get("role") or turn.get("from")
+    if type(said) is not str or said not in ROLES or type(text) is not str or not is_encodable(text):
         return None
-    return Message(role, text)
+    return Message(ROLES[said], text)
 
 
 def _turn(turn: Any, path: str) -> Message:

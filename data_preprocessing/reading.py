@@ -16,6 +16,7 @@ import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
@@ -31,6 +32,7 @@ UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 GZIP_MARK, ZSTD_MARK, PARQUET_MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 CLIP = 120  # characters of a bad line that an error shows
+BYTES_AT_ONCE = 1 << 18  # that are read from a file
 ROWS_PER_LOOK = 256  # rows between two looks at how far a file is read
 
 _BLANK = re.compile(r"[ \t\r\n]*")
@@ -105,10 +107,12 @@ def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Ite
         before, seekable, size = report.bytes_read, raw.seekable(), os.fstat(raw.fileno()).st_size
         file, packing = _unpacked(path, raw)
         try:
-            for number, row in enumerate(_rows(path, file, report, encoding, packing)):
-                if seekable and not number % ROWS_PER_LOOK:
+            rows = _rows(path, file, report, encoding, packing)
+            for row in rows:
+                if seekable:
                     report.bytes_read = before + (row.offset if row.offset and not packing else raw.tell())
                 yield row
+                yield from islice(rows, ROWS_PER_LOOK - 1)
         except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             if not packing:
                 raise
@@ -118,7 +122,9 @@ def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Ite
 
 
 def _opened(path: Path) -> IO[bytes]:
-    return open(sys.stdin.fileno(), "rb", closefd=False) if path == STDIN else open(path, "rb")
+    if path == STDIN:
+        return open(sys.stdin.fileno(), "rb", closefd=False)
+    return open(path, "rb", buffering=BYTES_AT_ONCE)
 
 
 def _unpacked(path: Path, raw: Any) -> tuple[Any, str]:

@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-from .layouts import LAYOUTS, answers_of, messages_of, prompt_of, tools_of
+from .layouts import LAYOUTS, answers_of, messages_of, plain_turns, prompt_of, tools_of
 from .row_error import RowError
-from .turns import Message, check_answers, check_prompt, check_turns, json_type, merged, text_of
+from .turns import Message, PlainTurns, check_answers, check_prompt, check_turns, json_type, merged, text_of
 
 REFERENCES = ("answer", "solution", "reference", "ground_truth")
 LABELS = ("label", "kto_tag")
@@ -99,6 +99,14 @@ def record(value: Any, *, merge_consecutive: bool = False, columns: Sequence[tup
     if "text" in value and _layout_of(value) is None:
         return _document(value["text"])
     return conversation(value, merge_consecutive=merge_consecutive)
+
+
+def plain_conversation(value: Any) -> PlainTurns | None:
+    """Return what `record` would where that is a conversation of plain turns; None for every other value, good or not.
+
+    Nearly all rows of nearly all files are such, and this takes a third of the time.
+    """
+    return plain_turns(value) if type(value) is dict and SPECIAL.isdisjoint(value) else None
 
 
 def conversation(value: Any, *, merge_consecutive: bool = False) -> Conversation:

@@ -25,6 +25,7 @@ class Rendered(NamedTuple):
     spans: Sequence[Span]
     num_control_tokens: int
     num_control_texts: int = 0
+    in_bytes: tuple[int, Sequence[Span]] | None = None  # see `in_bytes`; None where nobody knows yet
 
 
 @dataclass(frozen=True)
@@ -51,6 +52,7 @@ class SampleEncoder:
         greatest = max([0, *tokenizer.control_ids]) if self._lengths is None else len(self._lengths) - 1
         self._is_control = np.zeros(greatest + 1, bool)
         self._is_control[tokenizer.control_ids] = True
+        self._first_control = min(tokenizer.control_ids, default=greatest)
 
     def encode(self, rows: Sequence[Rendered]) -> Samples:
         """Return the rows' samples; an error is `control_text`, `all_masked` or `empty_row`."""
@@ -60,9 +62,11 @@ class SampleEncoder:
         careful = set(range(len(rows))).difference(flat)
         if flat:
             assert self._lengths is not None  # or no row would be flat
-            mask, true = flat_mask(ids, bounds, self._lengths, [in_bytes(rows[n].text, rows[n].spans) for n in flat])
-            found = np.diff(np.searchsorted(np.flatnonzero(self._is_control[ids]), bounds))
-            written = np.fromiter((rows[number].num_control_tokens for number in flat), np.int64, len(flat))
+            mask, true = flat_mask(
+                ids, bounds, self._lengths, [rows[n].in_bytes or in_bytes(rows[n].text, rows[n].spans) for n in flat]
+            )
+            found = np.diff(np.searchsorted(self._control_places(ids), bounds))
+            written = np.array([rows[number].num_control_tokens for number in flat], np.int64)
             careful |= {flat[place] for place in np.flatnonzero(~true).tolist()}
             errors = {flat[place]: _made_control_token() for place in np.flatnonzero(found > written).tolist()}
         if careful:
@@ -70,6 +74,11 @@ class SampleEncoder:
             mask_of = dict(zip(flat, np.split(mask, bounds[1:-1]), strict=True)) if flat else {}
             ids, mask, bounds = self._merged(rows, ids_of, mask_of, careful, errors)
         return self._checked(ids, mask, np.diff(bounds), errors)
+
+    def _control_places(self, ids: np.ndarray) -> np.ndarray:
+        """Return where in `ids` control tokens are."""
+        places = np.flatnonzero(ids >= self._first_control)  # most ids are told apart by this
+        return places[self._is_control[ids[places]]]
 
     def _is_flat(self, row: Rendered) -> bool:
         if self._lengths is None or row.num_control_texts:
@@ -102,9 +111,9 @@ class SampleEncoder:
     def _checked(self, ids: np.ndarray, mask: np.ndarray, lengths: np.ndarray, errors: dict[int, RowError]) -> Samples:
         """Return the samples without the rows that went wrong."""
         filled, starts = np.flatnonzero(lengths), np.cumsum(lengths) - lengths
-        trained = np.zeros(len(lengths), np.int64)
+        trained = np.zeros(len(lengths), np.uint8)
         if len(filled):
-            trained[filled] = np.add.reduceat(mask, starts[filled], dtype=np.int64)
+            trained[filled] = np.maximum.reduceat(mask, starts[filled])
         for number in np.flatnonzero(lengths == 0).tolist():
             errors.setdefault(number, RowError("empty_row", "the rendered text has no token"))
         for number in [] if self._may_be_untrained else np.flatnonzero(trained == 0).tolist():

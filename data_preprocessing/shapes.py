@@ -5,9 +5,9 @@ which are trained.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import cached_property
 from typing import NamedTuple
 
 from .masks import Span
@@ -40,26 +40,65 @@ class Slot(NamedTuple):
         return text.strip() if self.right else text.lstrip()
 
 
+Edges = tuple[tuple[int, int], tuple[int, int]]  # (literal characters, slots) in front of a span's start and end
+
+
 @dataclass(frozen=True)
 class Shape:
-    """The text around the contents: `literals` [slots + 1].
-
-    `spans` holds (literal characters, slots) in front of each end of a trained span.
-    """
+    """The text around the contents: `literals` [slots + 1]."""
 
     literals: tuple[str, ...]
     slots: tuple[Slot, ...]
-    spans: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    spans: tuple[Edges, ...]
     num_control_tokens: int
 
-    def fill(self, contents: Sequence[str], num_control_texts: int) -> Rendered:
-        """Return the conversation with these contents."""
-        filled = [slot.content(contents) for slot in self.slots]
-        parts = [""] * (2 * len(filled) + 1)
-        parts[::2], parts[1::2] = self.literals, filled
-        lengths = list(accumulate(map(len, filled), initial=0))
-        spans = [(start + lengths[before], end + lengths[past]) for (start, before), (end, past) in self.spans]
-        return Rendered("".join(parts), spans, self.num_control_tokens, num_control_texts)
+    def fill(self, contents: Sequence[str], num_control_texts: int, sizes: Sequence[int] | None = None) -> Rendered:
+        """Return the conversation with these contents; `sizes` are their bytes in UTF-8, where they are known."""
+        whole = self._takes_all and len(contents) == len(self.slots)
+        filled = contents if whole else [slot.content(contents) for slot in self.slots]
+        parts = self._parts.copy()
+        parts[1::2] = filled
+        text = "".join(parts)
+        spans = _placed(self.spans, map(len, filled))
+        if sizes is None or text.isascii():
+            return Rendered(text, spans, self.num_control_tokens, num_control_texts)
+        if not whole:
+            sizes = [len(content.encode()) for content in filled]
+        in_bytes = (self._literal_bytes + sum(sizes), _placed(self._byte_spans, sizes))
+        return Rendered(text, spans, self.num_control_tokens, num_control_texts, in_bytes)
+
+    @cached_property
+    def _takes_all(self) -> bool:
+        """Whether the slots take contents once, in order and as they are."""
+        return all(slot == (turn, False, False) for turn, slot in enumerate(self.slots))
+
+    @cached_property
+    def _parts(self) -> list[str]:
+        parts = [""] * (2 * len(self.slots) + 1)
+        parts[::2] = self.literals
+        return parts
+
+    @cached_property
+    def _literal_bytes(self) -> int:
+        return len("".join(self.literals).encode())
+
+    @cached_property
+    def _byte_spans(self) -> tuple[Edges, ...]:
+        literal = "".join(self.literals)
+
+        def bytes_before(character: int) -> int:
+            return len(literal[:character].encode())
+
+        return tuple([((bytes_before(a), before), (bytes_before(b), past)) for (a, before), (b, past) in self.spans])
+
+
+def _placed(spans: Sequence[Edges], lengths: Iterable[int]) -> list[Span]:
+    """Return the spans of a text whose slots are filled with contents of these lengths."""
+    total, before = 0, [0]
+    for length in lengths:
+        total += length
+        before.append(total)
+    return [(start + before[slots], end + before[past]) for (start, slots), (end, past) in spans]
 
 
 def shape_of(rendered: Rendered, padded: str) -> Shape | None:

@@ -9,7 +9,7 @@ import numpy as np
 from toolkits.foundation.errors import DataError, UsageError
 
 from .control_text import ControlText
-from .encoders import EncoderName, choose_encoder
+from .encoders import EncoderName, begin_encoder, choose_encoder
 from .records import Document
 from .samples import Rendered, SampleEncoder, Samples
 from .tokenizer import LoadedTokenizer, load_tokenizer
@@ -26,10 +26,12 @@ class TextEncoder:
     """
 
     def __init__(self, folder: Path, *, encoder: EncoderName = "auto", end_token: str | None = None) -> None:
+        begun = begin_encoder(Path(folder), encoder)
         self.tokenizer: LoadedTokenizer = load_tokenizer(folder)
         self.end_token, self.end_id, self.end_reason = _end_token(self.tokenizer, end_token)
         self._control = ControlText(self.tokenizer)
-        self._samples = SampleEncoder(self.tokenizer, choose_encoder(self.tokenizer, encoder), self._control)
+        flat = choose_encoder(self.tokenizer, encoder, begun=begun)
+        self._samples = SampleEncoder(self.tokenizer, flat, self._control)
 
     def render(self, document: Document) -> Rendered:
         """Return the text with its control text hidden, which stays text."""

@@ -50,6 +50,18 @@ class Message(NamedTuple):
         return said
 
 
+class PlainTurns(NamedTuple):
+    """A good conversation of turns that are a role and a text each, and no text blank.
+
+    `sizes` are the texts' bytes in UTF-8.
+    """
+
+    layout: str
+    roles: tuple[str, ...]
+    contents: list[str]
+    sizes: list[int]
+
+
 def merged(messages: list[Message]) -> list[Message]:
     """Join neighbouring turns of one role, but not results of tools, by a newline."""
     joined: list[Message] = []
@@ -72,6 +84,14 @@ def check_turns(messages: list[Message]) -> None:
     fault = _order_fault(tuple([(message.role, len(message.tool_calls)) for message in messages]))
     if fault:
         raise RowError("turns", fault)
+
+
+@lru_cache(4096)
+def good_roles(said: tuple[Any, ...]) -> tuple[str, ...] | None:
+    """Return the roles of turns without calls by our names; None where one is unknown or the order is wrong."""
+    roles = tuple([ROLES.get(role, "") for role in said])
+    wrong = "" in roles or _order_fault(tuple([(role, 0) for role in roles])) or roles[-1] != "assistant"
+    return None if wrong else roles
 
 
 @lru_cache(4096)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,7 +16,10 @@ from toolkits.foundation.errors import DataError, TemperError, describe
 from .chunks import BuildOptions, Chunk, ChunkWork, Finished
 from .dataset import Kind
 
-AHEAD = 1  # chunks that wait for the encoder
+AHEAD = 3  # chunks that wait for the encoder
+# Seconds for which Python keeps other threads waiting. The encoder's thread asks for Python some times a chunk, and
+# a chunk takes it 5 ms: with Python's own 5 ms the encoder would wait for longer than it works.
+SWITCH_SECONDS = 0.0005
 
 Ready = TypeVar("Ready")
 Done = TypeVar("Done")
@@ -35,7 +39,9 @@ def beside_the_encoder(
 ) -> Iterator[Done]:
     """Prepare the next chunk while the encoder, which needs no Python, finishes those before; yield them in order."""
     waiting: deque[Future[Done]] = deque()
+    before = sys.getswitchinterval()
     with ThreadPoolExecutor(1) as encoder:
+        sys.setswitchinterval(min(before, SWITCH_SECONDS))
         try:
             for chunk in chunks:
                 waiting.append(encoder.submit(finish, prepare(chunk)))
@@ -44,6 +50,7 @@ def beside_the_encoder(
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            sys.setswitchinterval(before)
             for future in waiting:
                 future.cancel()
 

@@ -9,12 +9,14 @@ from .commands.lazy import LazyGroup
 from .foundation.errors import TRACEBACK_VARIABLE, run_guarded
 
 COMMANDS = {
+    "chat": ("toolkits.commands.chat", "chat", "Talk with a HuggingFace checkpoint, tuned or not."),
     "convert": ("toolkits.commands.convert", "convert", "HuggingFace checkpoints to and from Megatron-core."),
     "data": ("toolkits.commands.data", "data", "Build a dataset and look at its rows."),
+    "generate": ("toolkits.commands.generate", "generate", "Answer prompts with a HuggingFace checkpoint."),
     "plan": ("toolkits.commands.plan", "plan", "What a run needs, which layouts fit, and its launcher line."),
     "runs": ("toolkits.commands.runs", "runs", "List runs, and show one with its curve and its lineage."),
     "train": ("toolkits.commands.train", "train", "Tune a model with Megatron-core."),
-    "verify": ("toolkits.commands.verify", "verify", "Run a model on both sides and compare its logits."),
+    "verify": ("toolkits.commands.verify", "verify", "Run a model on both sides; check a family."),
 }
 
 

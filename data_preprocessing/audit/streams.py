@@ -95,13 +95,15 @@ class FileStream:
 class _Work(ChunkWork):
     """A build's work on a chunk that keeps what its rows say."""
 
+    wants_records = True
+
     def __init__(self, kind: Kind, tokenizer: Path, options: BuildOptions, places: Places) -> None:
         super().__init__(kind, tokenizer, options)
         self._places = places
         self._found: list[tuple[Row, Record]] = []
 
-    def record(self, row: Row) -> Record:
-        found = super().record(row)
+    def record(self, row: Row, value: Any) -> Record:
+        found = super().record(row, value)
         self._found.append((row, found))
         return found
 

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from .answers import questions
+from ..generation.prompts import read_questions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast, Qwen2Config
@@ -89,6 +89,6 @@ def _tokenizer() -> "PreTrainedTokenizerFast":
 
 
 def _texts() -> Iterator[str]:
-    for question in questions(SAMPLE):
-        yield "\n".join(f"{turn['role']}\n{turn['content']}" for turn in question.turns)
+    for question in read_questions(SAMPLE):
+        yield "\n".join(f"{turn.role}\n{turn.content}" for turn in question.messages)
         yield f"assistant\n{question.expected}"

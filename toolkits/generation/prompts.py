@@ -1,0 +1,111 @@
+"""What is asked: texts from a command line, lines of a text file, and rows of a dataset up to their last answer."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from data_preprocessing.layouts import prompt_of, tools_of
+from data_preprocessing.reading import STDIN, ReadReport, Row, find_inputs, parse_row, read_rows
+from data_preprocessing.records import Conversation, Document, Labelled, Preference, Prompt, record
+from data_preprocessing.row_error import RowError
+from data_preprocessing.turns import Message, check_prompt, check_turns
+
+from ..foundation.errors import DataError, UsageError, raise_all
+
+MOST_PROBLEMS = 20  # listed; one wrong layout would list a whole file
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation that waits for an answer, the answer that its row has if it has one, and where it stands."""
+
+    conversation: Conversation
+    expected: str | None = None
+    where: str = "--prompt"
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The turns."""
+        return self.conversation.messages
+
+    @property
+    def text(self) -> str:
+        """What a model without a chat template goes on from; UsageError when there is more than one plain turn."""
+        if len(self.messages) == 1 and self.messages[0].role == "user" and not self.conversation.tools:
+            return self.messages[0].content
+        raise UsageError(f"{self.where} is a conversation, and --no-template goes on from plain texts only")
+
+
+def question_of(text: str, *, where: str = "--prompt") -> Question:
+    """Return the question that a plain text is."""
+    return Question(Conversation((Message("user", text),), "text"), where=where)
+
+
+def read_questions(source: Path) -> list[Question]:
+    """Return the questions of a file, of those that a pattern names, or of stdin (`-`).
+
+    They are rows in any layout that `temper data build` reads, whose last answer is what is expected, or plain lines.
+    Raises DataError that lists what is wrong with which row.
+    """
+    found: list[Question] = []
+    problems: list[str] = []
+    for file in find_inputs([source]):
+        plain = None
+        for row in read_rows(file, ReadReport()):
+            if plain is None:
+                plain = isinstance(row.data, bytes) and not row.data.lstrip().startswith(b"{")
+            where = f"{'stdin' if file == STDIN else file}:{row.line}"
+            try:
+                found.append(question_of(_line(row), where=where) if plain else _question(parse_row(row), where))
+            except RowError as error:
+                problems.append(f"{where}: {error}")
+            if len(problems) == MOST_PROBLEMS:
+                break
+    raise_all(DataError, "rows that ask nothing", problems)
+    if not found:
+        raise DataError(f"{source}: nothing is asked in it")
+    return found
+
+
+def with_system(questions: Sequence[Question], system: str | None) -> list[Question]:
+    """Return the questions with `system` in front of those that have no system turn of their own."""
+    if not system:
+        return list(questions)
+    turn = Message("system", system)
+    return [
+        replace(question, conversation=question.conversation._replace(messages=(turn, *question.messages)))
+        if question.messages[0].role != "system"
+        else question
+        for question in questions
+    ]
+
+
+def _line(row: Row) -> str:
+    try:
+        return row.data.decode("utf-8").rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        raise RowError("encoding", f"not UTF-8: {error}") from None
+
+
+def _question(value: Any, where: str) -> Question:
+    is_pair = not isinstance(value, dict) or {"chosen", "rejected"} <= value.keys()
+    waiting = None if is_pair else prompt_of(value)
+    if waiting is not None:
+        layout, messages, _ = waiting
+        check_turns(messages)
+        check_prompt(messages)
+        return Question(Conversation(tuple(messages), layout, tools_of(value)), where=where)
+    found = record(value)
+    if isinstance(found, Document):
+        return question_of(found.text, where=where)
+    if isinstance(found, Preference):
+        return _before(found.chosen, found.num_shared, where)
+    assert not isinstance(found, Prompt)  # it waits for an answer
+    talk = found.conversation if isinstance(found, Labelled) else found
+    question = _before(talk, len(talk.messages) - 1, where)
+    return replace(question, expected=None) if isinstance(found, Labelled) and not found.label else question
+
+
+def _before(talk: Conversation, count: int, where: str) -> Question:
+    return Question(talk._replace(messages=talk.messages[:count]), talk.messages[count].content, where)
