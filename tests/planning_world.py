@@ -23,7 +23,8 @@ SEQ_LEN, ROWS = 31, 2  # odd: TP=2 and CP=2 round a row up
 FIRST_SEQUENCE = 12  # tokens: CP=2 cuts it into four pieces
 # Odd: TP=2 pads it. Large: with the tied embedding in a bucket of its own, DP ranks share the padding differently.
 VOCABULARY = 1021
-WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 10, "head_dim": 32}  # 192: TP=2 cuts a block
+# TP=2 cuts a block of the 192 columns.
+WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 10, "head_dim": 32}
 HF = TINY | {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "vocab_size": VOCABULARY}
 
 

@@ -139,7 +139,7 @@ class QuantizedLinear(torch.nn.Module):
     def _block_numbers(self) -> torch.Tensor:
         """Return the number of each block, int32 [rows, blocks], counted so that each matrix begins a nested one."""
         rows, blocks = self.scales.shape
-        counting = {"dtype": torch.int32, "device": self.codes.device}
+        counting: Any = {"dtype": torch.int32, "device": self.codes.device}
         starts, counts = self.starts.unbind(1)
         first = torch.repeat_interleave(starts, counts, output_size=rows)
         first += torch.arange(rows, **counting) * self.place.blocks_of_row

@@ -1,0 +1,127 @@
+"""Rows of plain turns take a short way through a build: everything that comes of them is what the long way makes."""
+
+import json
+import random
+import sys
+
+import pytest
+from data_world import PIECES, TEMPLATES, fuzzed_rows, talk, unmarked, write_tokenizer
+
+from data_preprocessing.build import BuildOptions
+from data_preprocessing.chunks import Chunk, ChunkWork
+from data_preprocessing.masks import in_bytes
+from data_preprocessing.reading import Row
+from data_preprocessing.records import plain_conversation, record
+from data_preprocessing.row_error import RowError
+from data_preprocessing.workers import SWITCH_SECONDS, beside_the_encoder
+
+STRIPPING = "{% for m in messages %}{{ '<é>' + m.role + m.content | trim + '</s>' }}{% endfor %}"
+NAMES = {"user": "human", "assistant": "gpt"}
+
+
+class LongWay(ChunkWork):
+    wants_records = True
+
+
+def odd_rows(count):
+    """Return rows of every kind that the short way must leave alone, or must not change."""
+    draw = random.Random(3)
+    rows = []
+    for _ in range(count):
+        text = lambda: draw.choice(["", "  ", "a\0b", "<|im_end|>", "</s>", "\ud800", 5, None, *PIECES])  # noqa: E731
+        turns = [(role, text()) for role in ["user", "assistant"] * draw.randint(1, 2)]
+        turns = [("system", text())] * draw.choice([0, 0, 1, 2]) + turns
+        if draw.random() < 0.1:
+            turns.append((draw.choice(["user", "tool", "nobody", 3, ["user"], {}, None]), text()))
+        said = [{"role": role, "content": content} for role, content in turns]
+        if draw.random() < 0.4:
+            named = [NAMES.get(role, role) if isinstance(role, str) else role for role, _ in turns]
+            said = [{"from": role, "value": turn["content"]} for role, turn in zip(named, said, strict=True)]
+        row = {draw.choice(["messages", "messages", "conversations"]): said}
+        if draw.random() < 0.3:
+            beside = {
+                "tools": "",
+                "system": "s",
+                "id": 1,
+                "text": "t",
+                "label": True,
+                "conversations": [],
+                "messages": 0,
+            }
+            key = draw.choice(list(beside))
+            row = {key: beside[key], **row}
+        rows.append(row)
+    return [*rows, [], 7, {}, {"messages": {}}, {"messages": [3]}, {"messages": [{"role": "user"}]}, {"messages": []}]
+
+
+def prepared(work, rows):
+    chunk = Chunk(0, [Row(line, value) for line, value in enumerate(rows, start=1)])
+    done = work.prepare(chunk)
+    bad = [(row.line, error.reason, str(error)) for row, error in done.rejects]
+    return [(one.text, list(one.spans), *one[2:4]) for one in done.rendered], done.groups, bad, done.layouts
+
+
+@pytest.mark.parametrize("template", [*TEMPLATES.values(), *map(unmarked, TEMPLATES.values()), STRIPPING])
+@pytest.mark.parametrize("train_on", ["all", "last", "marked"])
+def test_both_ways_make_the_same(tmp_path, template, train_on):
+    folder, rows = write_tokenizer(tmp_path, template), [*fuzzed_rows(40), *odd_rows(150)]
+    for merge in (False, True):
+        options = BuildOptions(encoder="tokenizers", train_on=train_on, merge_consecutive=merge)
+        short, long = (kind("conversations", folder, options) for kind in (ChunkWork, LongWay))
+        assert prepared(short, rows) == prepared(long, rows)
+
+
+def test_most_rows_take_the_short_way_and_no_other_does():
+    taken = 0
+    for value in [*fuzzed_rows(100), *odd_rows(1000)]:
+        turns = plain_conversation(value)
+        if turns is not None:
+            taken += 1
+            found = record(value)
+            assert (found.layout, found.tools) == (turns.layout, ())
+            assert [(one.role, one.content) for one in found.messages] == list(
+                zip(turns.roles, turns.contents, strict=True)
+            )
+            assert all(one.is_plain and one.loss is None for one in found.messages)
+            assert turns.sizes == [len(text.encode()) for text in turns.contents]
+    assert taken > 150
+    assert plain_conversation(talk("é", "中")).sizes == [2, 3]
+
+
+@pytest.mark.parametrize("template", [TEMPLATES["chatml"], STRIPPING])
+def test_spans_in_bytes_are_those_of_the_text(tmp_path, template):
+    work = ChunkWork("conversations", write_tokenizer(tmp_path, template), BuildOptions(encoder="tokenizers"))
+    known = 0
+    for row in fuzzed_rows(100):
+        turns = plain_conversation(row)
+        rendered = turns and work.encoder.render_plain(turns)
+        if rendered and rendered.in_bytes is not None:
+            known += 1
+            size, spans = in_bytes(rendered.text, rendered.spans)
+            assert (rendered.in_bytes[0], list(rendered.in_bytes[1])) == (size, list(spans))
+    assert known > 20
+
+
+def test_a_role_that_is_no_text_is_an_error():
+    with pytest.raises(RowError, match="role is"):
+        record({"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "b"}]})
+
+
+def test_other_threads_wait_for_python_as_before_when_the_encoder_is_done():
+    before, seen = sys.getswitchinterval(), []
+
+    def prepare(number):
+        seen.append(sys.getswitchinterval())
+        return number
+
+    assert list(beside_the_encoder(iter(range(9)), prepare, lambda number: -number)) == [-n for n in range(9)]
+    assert seen == pytest.approx([SWITCH_SECONDS] * 9) and sys.getswitchinterval() == before
+
+
+def test_json_that_only_the_slower_parser_reads_goes_the_long_way(tmp_path):
+    folder = write_tokenizer(tmp_path / "t")
+    work = ChunkWork("conversations", folder, BuildOptions(encoder="tokenizers"))
+    line = json.dumps(talk("a", "\ud800")).encode()
+    done = work.prepare(Chunk(0, [Row(1, line), Row(2, json.dumps(talk("a", "b")).encode())]))
+    assert [(row.line, error.reason) for row, error in done.rejects] == [(1, "character")]
+    assert len(done.rendered) == 1
