@@ -7,7 +7,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from data_world import talk, write_rows, write_tokenizer
-from test_launch_arguments import home, line  # noqa: F401
+from launch_world import line
 
 from data_preprocessing.dataset import document_prefix, open_dataset
 from toolkits.foundation.errors import DataError, UsageError
@@ -16,6 +16,8 @@ from toolkits.launch.arguments import LAUNCHERS
 from toolkits.launch.checks import check_call
 
 RAW = {"DATASET_PATH": "train.jsonl", "VALID_DATASET_PATH": "train.jsonl"}
+
+pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
