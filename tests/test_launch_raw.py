@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 @pytest.fixture
-def started(home, monkeypatch):  # noqa: F811
+def started(home, monkeypatch):
     """The configs that runs were started with, in a folder with a checkpoint that has a tokenizer."""
     found = []
     write_tokenizer(Path("CKPT") / "hf")
