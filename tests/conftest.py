@@ -8,6 +8,14 @@ import pytest
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# Files whose tests start ranks: first, so that no process is left alone with one of them in the end.
+STARTS_RANKS = ("test_training_", "test_planning_truth", "test_conversion_mcore", "test_quickstart", "test_launch_cl")
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: not item.path.name.startswith(STARTS_RANKS))
+
+
 @pytest.fixture
 def home(tmp_path, monkeypatch):
     """A folder with a space that holds all that the seed's line names, on a machine without a GPU."""

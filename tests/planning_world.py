@@ -192,6 +192,22 @@ FUSED = [
 ]
 
 
+# Four ranks on two cores take their time: a few of each mechanism, and three models with experts, are quick.
+QUICK_MODELS = ("", "qwen2-moe", "qwen2-moe-every-other", "deepseek-v3")
+QUICK_ON_FOUR = (
+    Case(pipeline=2, data=2, tied=True),
+    Case(pipeline=2, virtual=1, data=2, bucket=5000, tied=True),
+    Case("deepseek-v3", pipeline=2, data=2, expert=2),
+    Case("qwen2-moe", tensor=2, expert=2, expert_tensor=1, data=2, bucket=5000),
+    Case(lora=3, pipeline=2, virtual=1, data=2, bucket=500),
+)
+
+
+def quick(cases):
+    """Those of `cases` that the short tests run."""
+    return [case for case in cases if case.model in QUICK_MODELS and (case.world < 4 or case in QUICK_ON_FOUR)]
+
+
 def rank_main(cases):
     import torch
 

@@ -7,8 +7,8 @@ import sys
 
 import planning_world
 import pytest
-from planning_world import ACTIVATIONS, FIRST_SEQUENCE, FUSED, HF, MEASURE, RANKS, ROWS, SEQ_LEN, STATES, Case
-from training_world import free_ports, run_ranks
+from planning_world import ACTIVATIONS, FIRST_SEQUENCE, FUSED, HF, MEASURE, RANKS, ROWS, SEQ_LEN, STATES, Case, quick
+from training_world import free_ports, mostly_full, run_ranks, selected
 
 from conversion.plan import plan_for
 from toolkits.planning import activations, states
@@ -21,29 +21,36 @@ from toolkits.training.layout import layout_of
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
+def measured(tmp_path_factory, request):
     """What every rank of every case allocated: {kind and case: [figures of rank 0, rank 1, ...]}."""
-    return run_kinds(tmp_path_factory.mktemp("planning"), ["states", "activations"], ranks=RANKS)
+    return run_kinds(tmp_path_factory.mktemp("planning"), ["states", "activations"], request, ranks=RANKS)
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
+def compiled(tmp_path_factory, request):
     """The same of compiled operations."""
     if shutil.which("g++") is None or " " in sys.prefix:
         pytest.skip("torch.compile needs a C++ compiler, and a path of torch without spaces to link with it")
-    return run_kinds(tmp_path_factory.mktemp("compiled"), ["fused"], ranks=1)
+    return run_kinds(tmp_path_factory.mktemp("compiled"), ["fused"], request, ranks=1)
 
 
-def run_kinds(folder, kinds, *, ranks):
-    cases = [{"kind": kind, **dataclasses.asdict(case)} for kind in kinds for case in MEASURE[kind][1]]
+def run_kinds(folder, kinds, request, *, ranks):
+    wanted = {kind: selected(request, f"{kind}_of") for kind in kinds}
+    cases = [
+        {"kind": kind, **dataclasses.asdict(case)}
+        for kind in kinds
+        for case in MEASURE[kind][1]
+        if case in wanted[kind]
+    ]
     (folder / "cases.json").write_text(json.dumps(list(zip(cases, free_ports(len(cases)), strict=True))))
     run_ranks([planning_world.__file__, folder / "cases.json"], ranks, logs=folder)
     said = [json.loads((folder / f"{rank}.json").read_text()) for rank in range(ranks)]
     return {name: [each[name] for each in said if name in each] for name in said[0]}
 
 
-@pytest.mark.parametrize("case", STATES, ids=str)
-def test_states_are_what_megatron_allocates(measured, case, monkeypatch):
+@pytest.mark.parametrize("states_of", mostly_full(STATES, quick(STATES)), ids=str)
+def test_states_are_what_megatron_allocates(measured, states_of, monkeypatch):
+    case = states_of
     if case.bucket:
         monkeypatch.setattr(states, "GRADIENT_BUCKET", case.bucket)
     planned = run_memory(case.plan, case.config, case.layout, case.tuning, every_rank=True)
@@ -61,9 +68,10 @@ def test_states_are_what_megatron_allocates(measured, case, monkeypatch):
         assert real == expected, f"rank {rank}"
 
 
-@pytest.mark.parametrize("case", ACTIVATIONS, ids=str)
-def test_activations_are_what_autograd_saves(measured, case):
+@pytest.mark.parametrize("activations_of", mostly_full(ACTIVATIONS, quick(ACTIVATIONS)), ids=str)
+def test_activations_are_what_autograd_saves(measured, activations_of):
     """Of ranks that share experts the mean is: which of them sees how many tokens is the router's business."""
+    case = activations_of
     kept = kept_after_forward(case, fused=False)
     over = [
         real - kept - of_a_cpu(case, rank // case.tensor) for rank, real in enumerate(measured[f"activations {case}"])
@@ -71,8 +79,9 @@ def test_activations_are_what_autograd_saves(measured, case):
     assert over == [0] * case.world if case.expert == 1 else sum(over) == 0
 
 
-@pytest.mark.parametrize("case", FUSED, ids=str)
-def test_activations_are_what_compiled_operations_save(compiled, case):
+@pytest.mark.parametrize("fused_of", mostly_full(FUSED, quick(FUSED)), ids=str)
+def test_activations_are_what_compiled_operations_save(compiled, fused_of):
+    case = fused_of
     assert compiled[f"fused {case}"] == [kept_after_forward(case, fused=True) + of_a_cpu(case, 0)]
 
 

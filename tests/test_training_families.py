@@ -2,7 +2,7 @@
 
 import pytest
 from conversion_models import EXPERTS, TRAINED, write_model
-from training_world import VOCABULARY, run_cases, write_dataset, write_tokenizer
+from training_world import VOCABULARY, mostly_full, run_cases, selected, write_dataset, write_tokenizer
 
 from toolkits.cards.lesson import LEARNT, LOSS_TOLERANCE, lesson, plain_losses
 
@@ -27,15 +27,10 @@ LAYOUTS = {
     "phi-partial-rotary": {"cp2": {"context_parallel": 2}},
     "glm": {"pp2": {"pipeline_parallel": 2}},
 }
-PAIRS = [(name, layout) for name, layouts in LAYOUTS.items() for layout in layouts]
-# One for each mechanism; the rest are with the long tests.
-QUICK = [
-    ("qwen2-moe", "tp2-ep2"),
-    ("qwen3-moe-mixed", "pp2"),
-    ("mixtral", "ep2-plain"),
-    ("deepseek-v3", "tp2"),
-    ("deepseek-v3", "cp2"),
-]
+PAIRS = {f"{name}-{layout}": (name, more) for name, layouts in LAYOUTS.items() for layout, more in layouts.items()}
+# One for each mechanism; the rest are with the long tests, and twenty steps of each in its card.
+QUICK = ["qwen2-moe-tp2-ep2", "qwen3-moe-mixed-pp2", "mixtral-ep2-plain", "deepseek-v3-tp2"]
+QUICK_ALONE = ["phi3", "glm", "qwen2-moe", "qwen3-moe-mixed", "mixtral", "deepseek-v3"]
 
 
 @pytest.fixture(scope="module")
@@ -53,34 +48,26 @@ def case(inputs, out, name, **changes):
 
 
 @pytest.fixture(scope="module")
-def alone(inputs, tmp_path_factory):
+def alone(inputs, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("alone")
-    return run_cases(folder / "world", 1, {name: case(inputs, folder / name, name) for name in MODELS})
+    names = selected(request, "name") | {PAIRS[pair][0] for pair in selected(request, "pair")}
+    return run_cases(folder / "world", 1, {name: case(inputs, folder / name, name) for name in sorted(names)})
 
 
 @pytest.fixture(scope="module")
-def layouts(inputs, tmp_path_factory):
-    return run_pairs(inputs, tmp_path_factory.mktemp("layouts"), QUICK)
-
-
-@pytest.fixture(scope="module")
-def more_layouts(inputs, tmp_path_factory):
-    return run_pairs(inputs, tmp_path_factory.mktemp("more"), [pair for pair in PAIRS if pair not in QUICK])
-
-
-def run_pairs(inputs, folder, pairs):
-    cases = {
-        f"{name}-{layout}": case(inputs, folder / f"{name}-{layout}", name, **LAYOUTS[name][layout])
-        for name, layout in pairs
-    }
-    return run_cases(folder / "world", 2, cases)
+def layouts(inputs, tmp_path_factory, request):
+    folder = tmp_path_factory.mktemp("layouts")
+    cases = {pair: PAIRS[pair] for pair in sorted(selected(request, "pair"))}
+    return run_cases(
+        folder / "world", 2, {pair: case(inputs, folder / pair, name, **more) for pair, (name, more) in cases.items()}
+    )
 
 
 def losses(history):
     return [step["loss"] for step in history]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", mostly_full(MODELS, QUICK_ALONE))
 def test_twenty_steps_equal_a_plain_transformers_loop(inputs, alone, name):
     expected = plain_losses(lesson(inputs[0] / name, inputs[1], inputs[0]))
     assert losses(alone[name]) == pytest.approx(expected, abs=LOSS_TOLERANCE)
@@ -93,12 +80,6 @@ def same(found, expected):
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
 
 
-@pytest.mark.parametrize(("name", "layout"), QUICK)
-def test_another_layout_trains_the_same_model(alone, layouts, name, layout):
-    same(layouts[f"{name}-{layout}"], alone[name])
-
-
-@pytest.mark.full
-@pytest.mark.parametrize(("name", "layout"), [pair for pair in PAIRS if pair not in QUICK])
-def test_other_layouts_train_the_same_models(alone, more_layouts, name, layout):
-    same(more_layouts[f"{name}-{layout}"], alone[name])
+@pytest.mark.parametrize("pair", mostly_full(PAIRS, QUICK))
+def test_another_layout_trains_the_same_model(alone, layouts, pair):
+    same(layouts[pair], alone[PAIRS[pair][0]])

@@ -8,7 +8,7 @@ import shutil
 import time
 
 import pytest
-from training_world import finished, flags, run_cases, start, write_dataset, write_model
+from training_world import finished, flags, mostly_full, run_cases, selected, start, write_dataset, write_model
 
 from conversion.verify import verify
 from toolkits.foundation.errors import CheckpointError, UsageError
@@ -59,11 +59,19 @@ CASES = {
 }
 
 
+QUICK = ["tp2-bf16", "tp2-plain", "pp2-virtual", "dp2", "tp2-reshardable"]
+
+
 @pytest.fixture(scope="module")
-def whole(inputs, tmp_path_factory):
+def names(request):
+    return sorted(selected(request, "name") & set(CASES) | {"dp2", "tp2-reshardable"})
+
+
+@pytest.fixture(scope="module")
+def whole(inputs, names, tmp_path_factory):
     """Uninterrupted runs on two ranks: (folder, histories)."""
     folder = tmp_path_factory.mktemp("whole")
-    cases = {name: flags(**settings(inputs, folder / name, **changes)) for name, changes in CASES.items()}
+    cases = {name: flags(**settings(inputs, folder / name, **CASES[name])) for name in names}
     return folder, run_cases(folder / "world", 2, cases)
 
 
@@ -75,11 +83,11 @@ def interrupted(folder, name, target):
 
 
 @pytest.fixture(scope="module")
-def resumed(inputs, whole, tmp_path_factory):
+def resumed(inputs, whole, names, tmp_path_factory):
     """The same runs, interrupted and gone on with in new processes; also in other layouts."""
     folder, target = whole[0], tmp_path_factory.mktemp("resumed")
-    outs = {name: interrupted(folder, name, target / name) for name in CASES}
-    cases = {name: flags(**settings(inputs, outs[name], **CASES[name])) for name in CASES}
+    outs = {name: interrupted(folder, name, target / name) for name in names}
+    cases = {name: flags(**settings(inputs, outs[name], **CASES[name])) for name in names}
     other = interrupted(folder, "tp2-reshardable", target / "tp2-to-pp2")
     cases["tp2-to-pp2"] = flags(**settings(inputs, other, pipeline_parallel=2, reshardable_optimizer=True))
     cases["dp2-to-cp2"] = flags(
@@ -98,7 +106,7 @@ def figures(history):
     return [(step["step"], step["loss"], step["grad_norm"], step["learning_rate"]) for step in history]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", mostly_full(CASES, QUICK))
 def test_the_same_layout_goes_on_bit_for_bit(whole, resumed, name):
     assert figures(resumed[1][name]) == figures(whole[1][name])[HALF:]
     verify(*(folder / name / "checkpoint" / "sft" for folder in (whole[0], resumed[0])))
@@ -135,9 +143,9 @@ def test_a_finished_run_says_so_and_ends_well(inputs, whole):
     assert "all 8 steps are done" in out and "step 8/8 |" not in out
 
 
-def kill_and_restart(inputs, out, times, seed):
+def kill_and_restart(inputs, out, times, steps):
     """Kill a two-rank run `times` times at random moments of its training, then let it finish."""
-    words, rng = settings(inputs, out, save_interval=1, train_iters=24), random.Random(seed)
+    words, rng = settings(inputs, out, save_interval=1, train_iters=steps), random.Random(times)
     for _ in range(times):
         process = start(words, ranks=2)
         steps_left = rng.randint(1, 3)
@@ -153,11 +161,11 @@ def kill_and_restart(inputs, out, times, seed):
     assert "going on from" in said or "steps are done" in said
 
 
-@pytest.mark.parametrize("times", [3, pytest.param(30, marks=pytest.mark.full)])
-def test_a_run_survives_being_killed_at_any_moment(inputs, tmp_path, times):
-    whole = settings(inputs, tmp_path / "whole", train_iters=24, save_interval=24)
+@pytest.mark.parametrize(("times", "steps"), [(2, 8), pytest.param(30, 24, marks=pytest.mark.full)])
+def test_a_run_survives_being_killed_at_any_moment(inputs, tmp_path, times, steps):
+    whole = settings(inputs, tmp_path / "whole", train_iters=steps, save_interval=steps)
     assert finished(start(whole, ranks=2))[0] == 0
-    kill_and_restart(inputs, tmp_path / "killed", times, seed=times)
+    kill_and_restart(inputs, tmp_path / "killed", times, steps)
     metrics = [
         (tmp_path / name / "checkpoint" / "sft" / "metrics.jsonl").read_text().splitlines()
         for name in ("whole", "killed")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_world import flags, run_cases, write_dataset, write_model
+from training_world import flags, mostly_full, run_cases, selected, write_dataset, write_model
 
 from data_preprocessing.dataset import open_dataset
 from toolkits.cards.lesson import plain_losses
@@ -73,45 +73,54 @@ def alone(inputs, tmp_path_factory):
     return folder, run_cases(folder / "world", 1, cases)
 
 
+TWO_RANKS = {
+    "tp2-sp": {"tensor_parallel": 2},
+    "tp2": {"tensor_parallel": 2, "sequence_parallel": False, "distributed_optimizer": False},
+    "pp2": {"pipeline_parallel": 2},
+    "pp2-uneven": {"pipeline_parallel": 2, "first_stage_layers": 1},
+    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1},
+    "cp2": {"context_parallel": 2},
+    "cp2-exact": {"context_parallel": 2, "flash_attention": False},
+    "tp2-recompute": {"tensor_parallel": 2, "recompute": "full"},
+    "dp2": {},
+    "dp2-plain": {"distributed_optimizer": False},
+}
+HALF = {
+    "tp2-bf16": {"tensor_parallel": 2, "precision": "bf16"},
+    "pp2-bf16": {"pipeline_parallel": 2, "precision": "bf16"},
+    "dp2-bf16": {"precision": "bf16"},
+    "cp2-bf16": {"context_parallel": 2, "precision": "bf16"},
+}
+FOUR_RANKS = {
+    "tp2-pp2": {"tensor_parallel": 2, "pipeline_parallel": 2},
+    "tp2-dp2": {"tensor_parallel": 2},
+    "tp2-cp2": {"tensor_parallel": 2, "context_parallel": 2},
+    "pp2-cp2-virtual": {"pipeline_parallel": 2, "context_parallel": 2, "virtual_stage_layers": 1},
+    "cp2-dp2": {"context_parallel": 2},
+    "pp2-dp2-plain": {"pipeline_parallel": 2, "distributed_optimizer": False},
+}
+QUICK = ["tp2-sp", "tp2", "pp2-uneven", "pp2-virtual", "cp2", "dp2", "tp2-pp2", "tp2-dp2", "pp2-cp2-virtual"]
+
+
 @pytest.fixture(scope="module")
-def two_ranks(inputs, tmp_path_factory):
+def two_ranks(inputs, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("two")
-    cases = {
-        "tp2-sp": case(inputs, folder / "tp2-sp", tensor_parallel=2),
-        "tp2": case(inputs, folder / "tp2", tensor_parallel=2, sequence_parallel=False, distributed_optimizer=False),
-        "pp2": case(inputs, folder / "pp2", pipeline_parallel=2),
-        "pp2-uneven": case(inputs, folder / "pp2-uneven", pipeline_parallel=2, first_stage_layers=1),
-        "pp2-virtual": case(inputs, folder / "pp2-virtual", pipeline_parallel=2, virtual_stage_layers=1),
-        "cp2": case(inputs, folder / "cp2", context_parallel=2),
-        "cp2-exact": case(inputs, folder / "cp2-exact", context_parallel=2, flash_attention=False),
-        "cp2-apart": case(inputs, folder / "cp2-apart", context_parallel=2, global_batch_size=60, packing=False),
-        "cp2-bf16": case(inputs, folder / "cp2-bf16", context_parallel=2, precision="bf16"),
-        "tp2-recompute": case(inputs, folder / "tp2-recompute", tensor_parallel=2, recompute="full"),
-        "tp2-fp16": case(inputs, folder / "tp2-fp16", tensor_parallel=2, precision="fp16"),
-        "dp2": case(inputs, folder / "dp2"),
-        "dp2-plain": case(inputs, folder / "dp2-plain", distributed_optimizer=False),
-        "tp2-bf16": case(inputs, folder / "tp2-bf16", tensor_parallel=2, precision="bf16"),
-        "pp2-bf16": case(inputs, folder / "pp2-bf16", pipeline_parallel=2, precision="bf16"),
-        "dp2-bf16": case(inputs, folder / "dp2-bf16", precision="bf16"),
-        "untied-tp2-20": case(inputs, folder / "untied-tp2-20", model="untied", tensor_parallel=2, train_iters=STEPS),
+    wanted = selected(request, "layout") | selected(request, "half") | {"tp2-bf16"}
+    more = {name: changes for name, changes in (TWO_RANKS | HALF).items() if name in wanted} | {
+        "cp2-apart": {"context_parallel": 2, "global_batch_size": 60, "packing": False},
+        "tp2-fp16": {"tensor_parallel": 2, "precision": "fp16"},
+        "untied-tp2-20": {"model": "untied", "tensor_parallel": 2, "train_iters": STEPS},
     }
+    cases = {name: case(inputs, folder / name, **changes) for name, changes in more.items()}
     return folder, run_cases(folder / "world", 2, cases)
 
 
 @pytest.fixture(scope="module")
-def four_ranks(inputs, tmp_path_factory):
+def four_ranks(inputs, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("four")
-    parallel = {"tensor_parallel": 2, "pipeline_parallel": 2}
-    cases = {
-        "tp2-pp2": case(inputs, folder / "tp2-pp2", **parallel),
-        "tp2-dp2": case(inputs, folder / "tp2-dp2", tensor_parallel=2),
-        "tp2-cp2": case(inputs, folder / "tp2-cp2", tensor_parallel=2, context_parallel=2),
-        "pp2-cp2-virtual": case(
-            inputs, folder / "pp2-cp2-virtual", pipeline_parallel=2, context_parallel=2, virtual_stage_layers=1
-        ),
-        "cp2-dp2": case(inputs, folder / "cp2-dp2", context_parallel=2),
-        "pp2-dp2-plain": case(inputs, folder / "pp2-dp2-plain", pipeline_parallel=2, distributed_optimizer=False),
-    }
+    wanted = selected(request, "layout") | {"tp2-pp2", "tp2-dp2"}
+    more = {name: changes for name, changes in FOUR_RANKS.items() if name in wanted}
+    cases = {name: case(inputs, folder / name, **changes) for name, changes in more.items()}
     return folder, run_cases(folder / "world", 4, cases)
 
 
@@ -186,30 +195,10 @@ def test_the_exact_attention_agrees_with_the_fused_one(alone):
     assert largest_relative(exported(folder, "reference-attention"), exported(folder, "short")) < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("world", "name"),
-    [
-        ("two_ranks", "tp2-sp"),
-        ("two_ranks", "tp2"),
-        ("two_ranks", "pp2"),
-        ("two_ranks", "pp2-uneven"),
-        ("two_ranks", "pp2-virtual"),
-        ("two_ranks", "cp2"),
-        ("two_ranks", "cp2-exact"),
-        ("two_ranks", "tp2-recompute"),
-        ("two_ranks", "dp2"),
-        ("two_ranks", "dp2-plain"),
-        ("four_ranks", "tp2-pp2"),
-        ("four_ranks", "tp2-dp2"),
-        ("four_ranks", "tp2-cp2"),
-        ("four_ranks", "pp2-cp2-virtual"),
-        ("four_ranks", "cp2-dp2"),
-        ("four_ranks", "pp2-dp2-plain"),
-    ],
-)
-def test_every_layout_trains_the_same_model(alone, world, name, request):
-    single_folder, single = alone
-    folder, histories = request.getfixturevalue(world)
+@pytest.mark.parametrize("layout", mostly_full([*TWO_RANKS, *FOUR_RANKS], QUICK))
+def test_every_layout_trains_the_same_model(alone, layout, request):
+    (single_folder, single), name = alone, layout
+    folder, histories = request.getfixturevalue("two_ranks" if layout in TWO_RANKS else "four_ranks")
     assert losses(histories[name]) == pytest.approx(losses(single["short"]), abs=1e-4)
     norms = [[step["grad_norm"] for step in history] for history in (histories[name], single["short"])]
     assert norms[0] == pytest.approx(norms[1], rel=1e-3)
@@ -283,12 +272,11 @@ def test_fp16_skips_what_overflows_and_then_follows_fp32(alone, two_ranks):
     assert {tensor.dtype for tensor in exported(alone[0], "fp16").values()} == {torch.float16}
 
 
-def test_bf16_follows_fp32(alone, two_ranks):
-    _, single = alone
-    _, double = two_ranks
+@pytest.mark.parametrize("half", mostly_full(HALF, ["tp2-bf16"]))
+def test_bf16_follows_fp32(alone, two_ranks, half):
+    single, double = alone[1], two_ranks[1]
     assert losses(single["bf16"]) == pytest.approx(losses(single["short"]), abs=0.05)
-    for name in ("tp2-bf16", "pp2-bf16", "dp2-bf16", "cp2-bf16"):
-        assert losses(double[name]) == pytest.approx(losses(single["bf16"]), abs=0.005)
+    assert losses(double[half]) == pytest.approx(losses(single["bf16"]), abs=0.005)
     assert losses(single["bf16"]) != losses(single["short"])
 
 

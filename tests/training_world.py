@@ -63,6 +63,20 @@ def flags(**values):
     return words
 
 
+def mostly_full(names, quick):
+    """Parameters of a test: those that are not `quick` are with the long tests."""
+    import pytest
+
+    return [name if name in quick else pytest.param(name, marks=pytest.mark.full) for name in names]
+
+
+def selected(request, parameter):
+    """The values of a parameter that tests of this module will run with: what its fixtures have to make."""
+    items = [item for item in request.session.items if item.path == request.path and hasattr(item, "callspec")]
+    calls = [item.callspec.params for item in items]
+    return {call[parameter] for call in calls if parameter in call}
+
+
 def run_cases(folder, ranks, cases, *, script=__file__):
     """Run each case (a list of flags) on `ranks` ranks, one after the other; return the histories by name.
 
