@@ -4,8 +4,10 @@ Run as a script: `python qlora_memory.py HF_DIR FORMAT`. Pages of the checkpoint
 """
 
 import json
+import math
 import os
 import re
+import struct
 import sys
 import threading
 from pathlib import Path
@@ -61,6 +63,29 @@ def main(folder, kind):
             chunks = _model(RunPlan(config, source, None, layout, Lora.of(config, source)), None)
         held = sum(each.nbytes for each in (*chunks[0].parameters(), *chunks[0].buffers()))
     print(json.dumps({"grown": peak.grown, "held": held}))
+
+
+def write_zeros(folder, sizes):
+    """Write a bf16 checkpoint that takes no space on disk, and return the bytes of its weights."""
+    from training_world import write_tokenizer
+
+    from conversion.plan import plan_for
+
+    config = {"model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **sizes}
+    config["architectures"] = ["Qwen2ForCausalLM"]
+    write_tokenizer(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+    header, end = {}, 0
+    for name, (step, number) in plan_for(config).hf_tensors.items():
+        shape, start = step.parts[number].shape, end
+        end += 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(folder / "model.safetensors", "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        file.truncate(8 + len(text) + end)
+    return end
 
 
 if __name__ == "__main__":

@@ -2,11 +2,9 @@
 
 import dataclasses
 import json
-import math
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
 
@@ -15,6 +13,7 @@ import torch
 from click.testing import CliRunner
 from conversion_models import EXPERTS, TRAINED
 from conversion_models import write_model as write_family
+from qlora_memory import write_zeros
 from safetensors.torch import load_file
 from training_world import (
     ROOT,
@@ -32,7 +31,6 @@ from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
 from conversion import hf_to_mcore
 from conversion.merge import merge
-from conversion.plan import plan_for
 from toolkits.cards.lesson import LEARNT, lesson, plain_losses
 from toolkits.cli import temper
 from toolkits.foundation.errors import MachineError, UsageError
@@ -358,25 +356,6 @@ def test_the_model_is_never_in_memory_in_bf16(tmp_path):
     grown = {kind: json.loads(said) for kind, said in grown_by_loading(tmp_path / "deep", ("none", "nf4")).items()}
     assert grown["none"]["grown"] > size
     assert grown["nf4"]["held"] < 0.3 * size and grown["nf4"]["grown"] < 0.6 * size
-
-
-def write_zeros(folder, sizes):
-    """Write a bf16 checkpoint that takes no space on disk, and return the bytes of its weights."""
-    config = {"model_type": "qwen2", "hidden_act": "silu", "rms_norm_eps": 1e-6, "tie_word_embeddings": False, **sizes}
-    config["architectures"] = ["Qwen2ForCausalLM"]
-    write_tokenizer(folder)
-    (folder / "config.json").write_text(json.dumps(config))
-    header, end = {}, 0
-    for name, (step, number) in plan_for(config).hf_tensors.items():
-        shape, start = step.parts[number].shape, end
-        end += 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
-    with open(folder / "model.safetensors", "wb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        file.truncate(8 + len(text) + end)
-    return end
 
 
 def grown_by_loading(folder, kinds):
