@@ -1,6 +1,7 @@
 """JSON files and links of a folder that somebody else made: bounded, and never leading out of it."""
 
 import json
+import reprlib
 from collections import Counter
 from pathlib import Path
 
@@ -43,8 +44,13 @@ def sizes(values: object) -> tuple[int, ...]:
     """Return whole numbers that can be sizes or places; raise ValueError when one cannot."""
     found = tuple(values) if isinstance(values, list | tuple) else (values,)
     if not all(type(size) is int and 0 <= size < _FAR for size in found):
-        raise ValueError(f"{str(values)[:80]} are not sizes")
+        raise ValueError(f"{shown(values)} are not sizes")
     return found
+
+
+def shown(value: object) -> str:
+    """Return the beginning of what a value looks like, however often its parts hold one another."""
+    return reprlib.repr(value)[:80]
 
 
 def is_plain_name(name: object) -> bool:

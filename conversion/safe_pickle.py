@@ -17,7 +17,7 @@ import torch
 from toolkits.foundation.errors import CheckpointError
 
 from .mapped_file import MappedFile, MappedFolder
-from .safe_files import is_plain_name, sizes, stays_inside
+from .safe_files import is_plain_name, shown, sizes, stays_inside
 from .unpickler import STORAGES, Record, loads
 
 METADATA_FILE = ".metadata"
@@ -212,7 +212,7 @@ def _parse(metadata: object) -> StepMetadata:
             continue
         dtype = entry.get("properties").state[0]
         if not isinstance(key, str) or not isinstance(dtype, torch.dtype):
-            raise ValueError(f"{key!r} of type {dtype!r}")
+            raise ValueError(f"{shown(key)} of type {shown(dtype)}")
         tensors[key] = StoredTensor(dtype, sizes(entry.get("size")))
         for chunk in entry.get("chunks"):
             chunk_shapes[key, sizes(chunk.get("offsets"))] = sizes(chunk.get("sizes"))
@@ -220,9 +220,9 @@ def _parse(metadata: object) -> StepMetadata:
         key, offsets = index.get("fqn"), sizes(index.state.get("offset") or ())
         file = info.get("relative_path")
         if not isinstance(key, str):
-            raise ValueError(f"an entry of {key!r}")
+            raise ValueError(f"an entry of {shown(key)}")
         if not is_plain_name(file):
-            raise CheckpointError(f"unsafe path in checkpoint metadata: {file!r}")
+            raise CheckpointError(f"unsafe path in checkpoint metadata: {shown(file)}")
         if info.state.get("transform_descriptors"):
             raise CheckpointError(f"{file}: transformed (compressed or encrypted) entries are not supported")
         start, length = sizes((info.get("offset"), info.get("length")))

@@ -136,6 +136,22 @@ def test_a_path_that_leaves_the_folder(mcore, path):
         read_metadata(mcore / "release")
 
 
+@pytest.mark.parametrize("field", ["size", "offsets", "relative_path", "offset"])
+def test_what_holds_itself_many_times_is_refused_at_once(mcore, field):
+    """Sixty lists of which each holds the next one twice: written out, that never ends."""
+    endless = [0]
+    for _ in range(60):
+        endless = [endless, endless]
+    metadata = pickle.loads((mcore / "release" / ".metadata").read_bytes())
+    described = next(each for each in metadata.state_dict_metadata.values() if hasattr(each, "chunks"))
+    info = next(iter(metadata.storage_data.values()))
+    holder = {"size": described, "offsets": described.chunks[0]}.get(field, info)
+    object.__setattr__(holder, field, endless)
+    (mcore / "release" / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(CheckpointError, match=r"are not sizes|unsafe path"):
+        read_metadata(mcore / "release")
+
+
 def test_entries_that_were_transformed(mcore):
     file = mcore / "release" / ".metadata"
     metadata = pickle.loads(file.read_bytes())
