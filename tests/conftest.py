@@ -35,3 +35,18 @@ def home(tmp_path, monkeypatch):
     for entry in (*VARIABLES, *CLUSTER_VARIABLES):
         monkeypatch.delenv(entry.name, raising=False)
     return folder
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny model that temper generate answers with."""
+    from generate_world import write_base
+
+    return write_base(tmp_path_factory.mktemp("generate") / "base")
+
+
+@pytest.fixture(scope="module")
+def generator(base):
+    from generate_world import generator_of
+
+    return generator_of(base)

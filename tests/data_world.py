@@ -2,8 +2,11 @@
 
 import functools
 import json
+import os
 import random
 import struct
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -233,3 +236,17 @@ PAIRS = [
     {"messages": talk("q")["messages"], "chosen": {"role": "assistant", "content": "good"},
      "rejected": {"role": "assistant", "content": "bad"}},
 ]  # fmt: skip
+
+
+def command(*words, hash_seed="0"):
+    """Run `temper data` in a process of its own; return its exit code and what it said on stdout and stderr."""
+    script = "from toolkits.cli import main; main()"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    done = subprocess.run(
+        [sys.executable, "-c", script, "data", *map(str, words)],
+        cwd=Path(__file__).resolve().parents[1],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    return done.returncode, done.stdout, done.stderr

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from data_world import talk, write_rows, write_tokenizer
+from data_world import command, talk, write_rows, write_tokenizer
 
 from data_preprocessing.build import build
 from data_preprocessing.curate import pipeline
@@ -70,19 +70,6 @@ def many_rows(count, seed=0):
             row = {"instruction": question, "input": "", "output": answer, "source": f"s{number % 3}"}
         rows.append(row)
     return rows[:count]
-
-
-def command(*words, hash_seed="0"):
-    script = "from toolkits.cli import main; main()"
-    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
-    done = subprocess.run(
-        [sys.executable, "-c", script, "data", *map(str, words)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
-    return done.returncode, done.stdout, done.stderr
 
 
 EVERY_STEP = [

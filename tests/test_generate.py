@@ -6,7 +6,7 @@ import pytest
 import torch
 from conversion_models import EXPERTS
 from conversion_models import write_model as write_family
-from generate_world import ASKED, CONTEXT, END, MOST, copied, generator_of, questions, random_adapter, write_base
+from generate_world import ASKED, CONTEXT, END, MOST, copied, questions, random_adapter
 from training_world import write_model
 
 from conversion.merge import merge
@@ -21,16 +21,6 @@ from toolkits.generation.decoding import Decoding, draw_tokens
 from toolkits.generation.loading import Source, load_model
 from toolkits.generation.prompts import question_of, with_system
 from toolkits.generation.texts import HALF, Texts
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("generate") / "base")
-
-
-@pytest.fixture(scope="module")
-def generator(base):
-    return generator_of(base)
 
 
 def answered(generator, decoding, *, batch_size):

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
-from generate_world import CONTEXT, MOST, ROWS, generator_of, write_base
+from generate_world import CONTEXT, MOST, ROWS
 
 from data_preprocessing.records import Conversation, record
 from data_preprocessing.turns import Message
@@ -20,16 +20,6 @@ from toolkits.foundation.errors import (
 from toolkits.generation import terminal
 from toolkits.generation.prompts import question_of, read_questions, with_system
 from toolkits.generation.session import Session
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("generate") / "base")
-
-
-@pytest.fixture(scope="module")
-def generator(base):
-    return generator_of(base)
 
 
 @pytest.mark.parametrize("name", ROWS)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from generate_world import copied, generator_of, questions, random_adapter, write_base
+from generate_world import copied, questions, random_adapter
 
 from conversion import hf_to_mcore
 from toolkits.foundation.errors import (
@@ -17,16 +17,6 @@ from toolkits.generation.decoding import Decoding
 from toolkits.generation.loading import Source, load_model
 from toolkits.generation.prompts import question_of
 from toolkits.generation.texts import Texts
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory):
-    return write_base(tmp_path_factory.mktemp("generate") / "base")
-
-
-@pytest.fixture(scope="module")
-def generator(base):
-    return generator_of(base)
 
 
 def test_megatron_directories_are_refused_with_the_command_that_exports_them(base, tmp_path):
