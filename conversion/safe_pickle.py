@@ -6,8 +6,10 @@ only what is on an exact list (`unpickler.py`), and even that is never imported.
 `scan_directory` does the same for a directory that Megatron-core or torch will open afterwards.
 """
 
+import functools
 import io
 import math
+import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +24,7 @@ from .unpickler import STORAGES, Record, loads
 
 METADATA_FILE = ".metadata"
 MAX_PICKLE = 1 << 28  # bytes; the metadata of the largest checkpoints takes some 10 MB
-_HEADERS = (b"PK\x03\x04", b"PK\x01\x02", b"PK\x07\x08")  # what can follow a part of a zip archive
+_DESCRIBED = 1 << 3  # the flag of a part of a zip archive behind whose data a descriptor lies
 
 
 @dataclass(frozen=True)
@@ -105,12 +107,32 @@ class Archive:
             last = offset + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))
             if count * dtype.itemsize > size or last >= max(1, count) or math.prod(shape) > count:
                 raise ValueError("storage beyond its end")
-            # torch asks the checksum whether a header leads to the right place; what lies behind is as sure, and free.
-            if place + size > self._length or self._content.bytes(self.start + place + size, 4) not in _HEADERS:
-                raise ValueError("its parts do not lie one behind the other")
+            self._require_place(f"data/{key}", place + size)
         except Exception as error:
             raise self._damaged(error) from None
         return ArchivedTensor(dtype, tuple(shape), tuple(stride), offset, self.start + place, count)
+
+    def _require_place(self, record: str, end: int) -> None:
+        """Raise ValueError unless the data of a record ends where the archive's next part begins.
+
+        A local header leads to the data, and a damaged one leads elsewhere. torch asks the checksum; the central
+        directory is as sure, and free.
+        """
+        described, following = self._ends[record]
+        follows = self._content.bytes(self.start + end, 4) if end <= self._length - 4 else b""
+        if end > following or follows not in ((b"PK\x07\x08",) if described else (b"PK\x03\x04", b"PK\x01\x02")):
+            raise ValueError("its parts do not lie one behind the other")
+
+    @functools.cached_property
+    def _ends(self) -> dict[str, tuple[bool, int]]:
+        """Of each record whether a descriptor lies behind its data, and where the next part of the archive begins."""
+        with zipfile.ZipFile(_RangeReader(self._content, self.start, self._length)) as parts:
+            infos = sorted(parts.infolist(), key=lambda info: info.header_offset)
+            starts = [info.header_offset for info in infos] + [parts.start_dir]
+        return {
+            info.filename.split("/", 1)[-1]: (bool(info.flag_bits & _DESCRIBED), following)
+            for info, following in zip(infos, starts[1:], strict=True)
+        }
 
     def _record(self, name: str) -> bytes:
         try:

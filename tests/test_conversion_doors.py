@@ -331,15 +331,18 @@ def test_a_tensor_that_reaches_beyond_its_data(tmp_path, monkeypatch, shape, str
         archive.tensor()
 
 
-def test_an_archive_whose_headers_lead_elsewhere(tmp_path):
-    raw = bytearray(saved(torch.arange(24.0)))
-    local = raw.index(b"PK\x03\x04", raw.index(b"data/0") - 60)
+@pytest.mark.parametrize("elsewhere", ["two elements later", "behind its descriptor", "where the next one lies"])
+def test_an_archive_whose_headers_lead_elsewhere(tmp_path, elsewhere):
+    raw = bytearray(saved({"a": torch.arange(24.0), "b": torch.arange(24.0, 48.0)}))
+    local, following = (raw.index(b"PK\x03\x04", raw.index(name) - 60) for name in (b"data/0", b"data/1"))
     assert raw[local + 30 :].startswith(b"archive/data/0")
-    raw[local + 28] += 8  # the length of its extra field: the data seems to begin two elements later
+    distance = {"two elements later": 8, "behind its descriptor": 16}.get(elsewhere, following - local)
+    extra = int.from_bytes(raw[local + 28 : local + 30], "little")
+    raw[local + 28 : local + 30] = (extra + distance).to_bytes(2, "little")
     (tmp_path / "x").write_bytes(raw)
     content = MappedFile(tmp_path / "x")
     with pytest.raises(CheckpointError, match=r"here is damaged: its parts do not lie one behind the other"):
-        Archive(content, 0, len(content), source="here").tensor()
+        Archive(content, 0, len(content), source="here").tensors()
 
 
 def test_chunks_that_overlap_where_others_are_missing(hf, tmp_path):

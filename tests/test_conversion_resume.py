@@ -130,8 +130,9 @@ def test_killed_at_any_moment_it_goes_on_without_redoing_what_was_complete(sourc
     said, errors = child.communicate(timeout=120)
     ended = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
     statuses = [status for status, _ in ended]
-    # With --resume a finished output is an output that exists already: the children after it end with an error.
-    assert statuses.count(-9) >= 3 and 0 in statuses, errors
+    # With --resume a finished output is an output that exists already: the children after it end with an error. The
+    # one that finished may itself have died after its last rename, so that nothing but the output says that it did.
+    assert statuses.count(-9) >= 3, errors
     for status, filled in ended:
         if status in (0, -9):
             assert len(set(filled)) == len(filled)
