@@ -60,9 +60,9 @@ def check(folder: Path, layout, expert: int) -> dict | None:
     from conversion.hf_as_mcore import HfAsMcore
     from conversion.hf_checkpoint import read_config
     from conversion.settings import mcore_settings
-    from toolkits.training.config import ComputeSettings
     from toolkits.training.logits import forward
     from toolkits.training.parallel.model import build_model
+    from toolkits.training.settings import ComputeSettings
 
     settings = mcore_settings(read_config(folder / "hf"))
     if expert > 1 and "num_moe_experts" not in settings:
@@ -93,10 +93,10 @@ def prediction_shapes(folder: Path) -> dict[str, tuple[int, ...]]:
 
     from conversion.hf_checkpoint import read_config
     from conversion.settings import mcore_settings
-    from toolkits.training.config import ComputeSettings
     from toolkits.training.layout import Layout
     from toolkits.training.parallel.model import transformer_config
     from toolkits.training.parallel.spec import decoder_spec
+    from toolkits.training.settings import ComputeSettings
 
     settings = mcore_settings(read_config(folder)) | {"mtp_num_layers": 1}
     config = transformer_config(settings, Layout(1, 1, 1, False, 1), ComputeSettings(precision="fp32"))

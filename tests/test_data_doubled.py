@@ -151,8 +151,8 @@ def test_the_manifest_names_the_tokenizer_or_says_that_nobody_knows(tmp_path, to
 
 
 def test_training_takes_the_converted_set_for_the_same_rows(tmp_path):
-    from toolkits.training.config import DataSettings
     from toolkits.training.rows import make_rows, select
+    from toolkits.training.settings import DataSettings
 
     old = open_dataset(old_set(tmp_path, conversations(80, 16), 16))
     assert run(old.path, tmp_path / "ours").exit_code == 0

@@ -52,7 +52,7 @@ def test_pairs_are_rows_that_stand_behind_each_other(tmp_path, tokenizer):
 
 def test_fine_tuning_does_not_read_pairs_as_conversations(tmp_path, tokenizer):
     pytest.importorskip("megatron.core")
-    from toolkits.training.config import DataSettings
+    from toolkits.training.settings import DataSettings
     from toolkits.training.sources import _require_kind
 
     build(write_rows(tmp_path / "rows", PAIRS), tmp_path / "out", tokenizer=tokenizer)

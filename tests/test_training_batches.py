@@ -6,9 +6,9 @@ import pytest
 from data_preprocessing.blend import Mix
 from toolkits.foundation.errors import DataError
 from toolkits.training.batches import Batches, micro_batch
-from toolkits.training.config import BatchSettings, DataSettings
 from toolkits.training.layout import Layout
 from toolkits.training.rows import Rows, Segment, Selection, SetRows, make_rows, select
+from toolkits.training.settings import BatchSettings, DataSettings
 
 
 class Documents:
@@ -156,7 +156,7 @@ def chain(rows):
     """What the rows train, in their order: each (token, the token it predicts)."""
     pairs = []
     for number in range(len(rows)):
-        batch = micro_batch(rows, [number], length=rows.parts[0].seq_len)
+        batch = micro_batch(rows, [number], length=rows.parts[0].row_tokens)
         trained = batch.loss_mask[0].bool()
         pairs += zip(batch.tokens[0][trained].tolist(), batch.labels[0][trained].tolist(), strict=True)
     return pairs
@@ -248,7 +248,7 @@ def test_rows_are_rounded_up_for_sequence_parallelism(dataset):
 def numbered(first, rows):
     """A set whose row i is the two tokens first + 10 i and the one behind."""
     data = Documents([conversation((1, 0), (1, 1), start=first + 10 * i) for i in range(rows)])
-    return make_rows(Selection(data, np.arange(rows), data.lengths), settings(seq_len=2))
+    return make_rows(Selection(data, np.arange(rows)[:, None], data.lengths[:, None]), settings(seq_len=2))
 
 
 def batches_of(replicas, global_batch, rows=7, micro=1, parts=None, weights=(1,)):
@@ -317,11 +317,11 @@ def test_evaluation_sees_every_row_once_and_ranks_stay_in_step(replicas):
 
 def test_one_percent_is_held_out_and_one_row_at_least():
     dataset = texts(*[2] * 250)
-    whole = Selection(dataset, np.arange(250), dataset.lengths)
+    whole = Selection(dataset, np.arange(250)[:, None], dataset.lengths[:, None])
     training, validation = whole.hold_out(seed=3)
     assert len(validation) == 2 and sorted([*training.documents, *validation.documents]) == list(range(250))
     assert list(validation.documents) == list(whole.hold_out(seed=3)[1].documents)
-    few = Selection(dataset, np.arange(3), dataset.lengths[:3])
+    few = Selection(dataset, np.arange(3)[:, None], dataset.lengths[:3, None])
     assert len(few.hold_out(seed=3)[1]) == 1
     with pytest.raises(DataError, match="memory: 1 that fits is too few to hold one out"):
-        Selection(dataset, np.arange(1), dataset.lengths[:1]).hold_out(seed=3)
+        Selection(dataset, np.arange(1)[:, None], dataset.lengths[:1, None]).hold_out(seed=3)

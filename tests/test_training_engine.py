@@ -38,7 +38,7 @@ class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 sys.meta_path.insert(0, Finder())
 from conversion.plan import plan_for
-from toolkits.training.config import ComputeSettings
+from toolkits.training.settings import ComputeSettings
 from toolkits.training.layout import Layout
 from toolkits.training.parallel import fused, mcore_patches, model, spec
 from megatron.core.tensor_parallel import layers

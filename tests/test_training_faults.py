@@ -15,7 +15,7 @@ from training_world import finished, flags, run_cases, start, write_dataset, wri
 from conversion import hf_to_mcore
 from data_preprocessing.blend import Part
 from toolkits.foundation.errors import CheckpointError, DataError, MachineError, UsageError
-from toolkits.training.config import DataSettings, ModelSettings
+from toolkits.training.settings import DataSettings, ModelSettings
 from toolkits.training.sources import find_data, find_model, same_set
 
 

@@ -24,9 +24,10 @@ from conversion.mcore_directory import is_weight
 from conversion.merge import merge
 from toolkits.cards.lesson import LEARNT, LOSS_TOLERANCE, lesson, plain_losses
 from toolkits.foundation.errors import CheckpointError, UsageError
-from toolkits.training.config import ModelSettings, TrainConfig
+from toolkits.training.config import TrainConfig
 from toolkits.training.layout import layout_of
 from toolkits.training.lora import Lora
+from toolkits.training.settings import ModelSettings
 from toolkits.training.sources import find_model
 
 peft = pytest.importorskip("peft", reason="PEFT is compared with: pip install '.[dev]'")

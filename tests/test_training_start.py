@@ -123,7 +123,7 @@ def test_narrow_tokens_cannot_overflow_a_wide_vocabulary_and_are_not_read(inputs
 
 
 def test_data_of_another_seq_len_is_read_and_said(inputs, tmp_path):
-    from toolkits.training.config import DataSettings, ModelSettings
+    from toolkits.training.settings import DataSettings, ModelSettings
     from toolkits.training.sources import find_data, find_model
 
     conversations = [[([40, 41, 42, 43], [0, 0, 1, 1])]] * 12
@@ -168,7 +168,7 @@ def test_fine_tuning_on_text_is_refused(inputs, tmp_path, objective, data, said)
 
 
 def test_pre_training_on_conversations_says_that_the_prompts_are_trained(inputs, tmp_path):
-    from toolkits.training.config import DataSettings, ModelSettings
+    from toolkits.training.settings import DataSettings, ModelSettings
     from toolkits.training.sources import find_data, find_model
 
     settings = DataSettings(data=str(inputs["talks"]), rows="documents", seq_len=32)
@@ -188,7 +188,7 @@ def test_a_blend_names_each_set_once(inputs, tmp_path):
 
 
 def test_what_a_validation_shares_with_the_training_is_held_out_and_the_rest_read_whole(inputs):
-    from toolkits.training.config import DataSettings, ModelSettings
+    from toolkits.training.settings import DataSettings, ModelSettings
     from toolkits.training.sources import find_data, find_model
 
     settings = DataSettings(
@@ -229,10 +229,10 @@ def test_other_data_in_a_used_folder_is_refused_with_old_and_new(inputs, tmp_pat
 
 
 def test_a_dataset_without_a_manifest_is_told_from_another_with_the_same_index(tmp_path):
-    from toolkits.training.run_folder import _dataset_fingerprint
+    from toolkits.training.run_folder import dataset_fingerprint
 
     one, other = (
         write_index(document_prefix(tmp_path / name), [[first, 5, 2]] * 9) for name, first in (("one", 3), ("other", 4))
     )
     assert one.with_name(f"{one.name}.idx").read_bytes() == other.with_name(f"{other.name}.idx").read_bytes()
-    assert _dataset_fingerprint(one) != _dataset_fingerprint(other)
+    assert dataset_fingerprint(one) != dataset_fingerprint(other)

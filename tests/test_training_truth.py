@@ -11,8 +11,9 @@ from training_world import flags, mostly_full, run_cases, selected, write_datase
 
 from data_preprocessing.dataset import open_dataset
 from toolkits.cards.lesson import plain_losses
-from toolkits.training.config import DataSettings, TrainConfig
+from toolkits.training.config import TrainConfig
 from toolkits.training.rows import make_rows, select
+from toolkits.training.settings import DataSettings
 
 STEPS = 20
 LAYOUT_STEPS = 6

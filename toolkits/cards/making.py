@@ -93,7 +93,7 @@ def _same(one: Any, other: Any) -> bool:
 
 def _see_refused(hf: Path, reasons: Sequence[str]) -> None:
     """Start training as a run would, and see it say each of `reasons`."""
-    from ..training.config import ModelSettings
+    from ..training.settings import ModelSettings
     from ..training.sources import find_model
 
     try:

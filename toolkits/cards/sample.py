@@ -45,3 +45,19 @@ def write_dataset(prefix: Path, tokenizer: Path, *, rows: int, seed: int = 5) ->
             print(json.dumps({"instruction": question.strip(), "output": answer}), file=file)
     build(source, prefix, tokenizer=tokenizer)
     return prefix
+
+
+def write_pairs(prefix: Path, tokenizer: Path, *, rows: int, seed: int = 5) -> Path:
+    """Build a dataset of preference pairs whose answers have very different lengths."""
+    from data_preprocessing.build import build
+
+    rng = random.Random(seed)
+    source = prefix.with_suffix(".jsonl")
+    with open(source, "w", encoding="utf-8") as file:
+        for number in range(rows):
+            question = f"{number} " + "".join(rng.choices("abc é", k=rng.randint(1, 12)))
+            chosen, rejected = ("".join(rng.choices(letters, k=rng.randint(1, 25))) for letters in ("xyzv", "xyzw"))
+            row = {"prompt": question.strip(), "chosen": chosen + "v", "rejected": rejected + "w"}
+            print(json.dumps(row), file=file)
+    build(source, prefix, tokenizer=tokenizer)
+    return prefix

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from functools import partial
 from typing import Any
 
 import click
@@ -19,8 +20,10 @@ def train() -> None:
 def _command(objective: Objective) -> click.Command:
     defaults = {"rows": objective.rows, "name": objective.word}
 
+    others = {group for each in OBJECTIVES.values() for group in each.groups} - set(objective.groups)
+
     @click.command(objective.word, help=objective.help, context_settings={"default_map": defaults})
-    @settings_options
+    @partial(settings_options, leave_out=others)
     @click.option(
         "--ranks",
         type=click.IntRange(min=1),

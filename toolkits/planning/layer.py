@@ -54,7 +54,7 @@ def micro_batch(config: TrainConfig, layout: Layout, *, fused: bool = True) -> M
     Of a conversation's 2 CP pieces a rank holds one from the front and one from the back, which together attend
     to 2 CP + 1 pieces.
     """
-    whole, context = config.batch.micro_batch_size * layout.padded(config.data.seq_len), layout.context
+    whole, context = config.batch.micro_batch_size * layout.padded(config.data.row_tokens), layout.context
     tokens = whole // context
     inside = tokens // layout.tensor if layout.sequence else tokens
     return MicroBatch(

@@ -48,10 +48,10 @@ def step_time(
 
     `on_cpu` is the number of parameters of a rank whose optimizer state lies in CPU memory.
     """
-    batch, precision, seq_len = config.batch, config.compute.precision, config.data.seq_len
-    flops = flops_per_token(plan, seq_len, tuning, recompute=config.compute.recompute == "full")
-    mfu = assumed_mfu(layout, tokens=batch.micro_batch_size * layout.padded(seq_len) // layout.context)
-    tokens = batch.global_batch_size * seq_len
+    batch, precision, row = config.batch, config.compute.precision, config.data.row_tokens
+    flops = flops_per_token(plan, config.data.seq_len, tuning, recompute=config.compute.recompute == "full")
+    mfu = assumed_mfu(layout, tokens=batch.micro_batch_size * layout.padded(row) // layout.context)
+    tokens = batch.global_batch_size * row
     busy = tokens * flops / (layout.world * (peak or PEAK_FLOPS[precision]) * mfu)
     bubble = (layout.pipeline - 1) / layout.micro_batches / layout.chunks
     reduce = _reduce_seconds(plan, layout, tuning, element=ELEMENT[precision])
@@ -94,7 +94,7 @@ def _reduce_seconds(plan: Plan, layout: Layout, tuning: Tuning, *, element: int)
 
 def _gather_seconds(sizes: Sizes, config: TrainConfig, layout: Layout) -> float:
     """All-gather of keys and values in every layer's forward passes, reduce-scatter of their gradients."""
-    tokens = config.batch.micro_batch_size * layout.micro_batches * layout.padded(config.data.seq_len)
+    tokens = config.batch.micro_batch_size * layout.micro_batches * layout.padded(config.data.row_tokens)
     received = tokens * (layout.context - 1) / layout.context
     layers = sizes.layers / layout.pipeline
     passes = 2 if config.compute.recompute in ("none", "offload") else 3

@@ -4,9 +4,10 @@ They are attached when the base's weights are in place. From then on everything 
 model saves is what is trained: a step folder holds the adapter, and the base by reference.
 """
 
+import contextlib
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +50,19 @@ def attach(chunks: Chunks, lora: Lora, plan: Plan, *, seed: int) -> None:
                     _fill(matrices, adapter, lora, seed)
     if lora.origin is not None and lora.whole:
         load_slices(chunks, _WholeWeights(lora))
+
+
+@contextlib.contextmanager
+def adapters_off(chunks: Iterable[torch.nn.Module]) -> Iterator[None]:
+    """Let the model be its base while the block runs."""
+    adapters = [module for chunk in chunks for module in chunk.modules() if isinstance(module, LoraAdapter)]
+    for adapter in adapters:
+        adapter.is_off = True
+    try:
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.is_off = False
 
 
 def _adapter(layer: Any, group: list[LinearPart], lora: Lora) -> LoraAdapter:

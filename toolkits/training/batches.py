@@ -14,12 +14,25 @@ import numpy as np
 import torch
 from megatron.core.packed_seq_params import PackedSeqParams
 
-from .config import BatchSettings
 from .layout import Layout
 from .rows import Rows
+from .settings import BatchSettings
 
 T = TypeVar("T")
 PAD_TOKEN = 0  # never trained on and never seen by a document, so any id does
+
+
+@dataclass(frozen=True)
+class Answers:
+    """The documents of a micro batch of pairs: better and worse in turn, pair after pair; all [n].
+
+    `places` int64: which of the packed sequences each is. `numbers` int64: of the documents in their dataset.
+    `reference` fp32: the log-probability of their trained tokens under the reference, 0 where nobody has asked it.
+    """
+
+    places: torch.Tensor
+    numbers: torch.Tensor
+    reference: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -27,7 +40,7 @@ class MicroBatch:
     """Rows laid end to end, in megatron-core's packed format.
 
     tokens, labels and positions are int64 [1, t], loss_mask fp32 [1, t]: 1 where the label is trained on.
-    Labels are shifted already: position i predicts labels[i].
+    Labels are shifted already: position i predicts labels[i]. `answers`: of rows of pairs.
     """
 
     tokens: torch.Tensor
@@ -35,6 +48,7 @@ class MicroBatch:
     loss_mask: torch.Tensor
     positions: torch.Tensor
     packed: PackedSeqParams
+    answers: Answers | None = None
 
     def cuda(self) -> "MicroBatch":
         """Return the batch with all its tensors on the GPU."""
@@ -42,7 +56,8 @@ class MicroBatch:
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         """Return the batch with `change` applied to each of its tensors."""
-        return replace(_changed(self, change), packed=_changed(self.packed, change))
+        answers = None if self.answers is None else _changed(self.answers, change)
+        return replace(_changed(self, change), packed=_changed(self.packed, change), answers=answers)
 
 
 class Batches:
@@ -95,7 +110,8 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
     tokens = np.full(len(numbers) * length, PAD_TOKEN, dtype=np.int64)
     labels, positions = tokens.copy(), np.zeros_like(tokens)
     mask = np.zeros(len(tokens), dtype=np.float32)
-    ends = []
+    ends: list[int] = []
+    answers: list[tuple[int, int, float]] = []
     for place, number in enumerate(numbers):
         at = place * length
         part, segments = (rows.parts[0], []) if number is None else rows.segments(number)
@@ -106,13 +122,22 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
             predicting = slice(at, at + len(found) - 1)
             labels[predicting] = found[1:]
             mask[predicting] = 1 if part.every_token else part.dataset.mask(document)[start + 1 : start + count + 1]
+            if part.kind == "pairs":
+                answers.append((len(ends), document, 0.0 if part.reference is None else part.reference[document]))
             ends.append(at := at + -(-count // multiple) * multiple)
         if at < (place + 1) * length:
             ends.append((place + 1) * length)
     lengths = np.diff([0, *ends])
     packed = packed_params(ends, longest=int(lengths.max()))
     tensors = [torch.from_numpy(array).unsqueeze(0) for array in (tokens, labels, mask, positions)]
-    return MicroBatch(*tensors, packed=packed)  # type: ignore[misc]
+    told = _answers(answers) if rows.parts[0].kind == "pairs" else None
+    return MicroBatch(*tensors, packed=packed, answers=told)  # type: ignore[misc]
+
+
+def _answers(told: Sequence[tuple[int, int, float]]) -> Answers:
+    places, numbers, reference = np.array(told, np.float64).reshape(-1, 3).T
+    whole = [torch.from_numpy(each.astype(np.int64)) for each in (places, numbers)]
+    return Answers(*whole, torch.from_numpy(reference.astype(np.float32)))
 
 
 def _changed(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..foundation.errors import UsageError, raise_all
-from .config import LayoutSettings, TrainConfig
+from .config import TrainConfig
+from .settings import LayoutSettings
 
 # Tokens whose logits exist at once while the loss is computed: enough for the matrix units, and of a vocabulary of
 # 152,000 no more than 2.5 GB in fp32.

@@ -14,8 +14,8 @@ from conversion.mcore_directory import find_step, hf_folder
 from conversion.settings import mcore_settings, untrainable_reasons
 
 from ..foundation.errors import CheckpointError, UsageError
-from .config import ComputeSettings
 from .layout import Layout
+from .settings import ComputeSettings
 
 if TYPE_CHECKING:  # it imports megatron-core, which needs a prepared process
     from .parallel.model import Chunks

@@ -3,18 +3,15 @@
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice, tee
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
-from typing import Any
 
 import psutil
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.pipeline_parallel import get_forward_backward_func
 
 from conversion.mcore_directory import step_folders, step_name
 
@@ -26,6 +23,7 @@ from .batches import Batches, MicroBatch
 from .checkpointing import Position, RunState
 from .config import TrainConfig
 from .layout import Layout
+from .objectives import Loss
 from .optimizer import learning_rate, set_learning_rate
 from .parallel.context import share_of
 from .parallel.model import gather_weights, unwrapped
@@ -33,20 +31,32 @@ from .parallel.world import context_rank, rank, speaks_for_its_tokens, sum_over_
 from .prefetch import prefetched
 from .reporter import Reporter, StepFigures
 from .saving import Saver
+from .schedule import Pass
+from .signals import Signals
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One pass over a global batch: its mean loss, and what the ranks said of themselves meanwhile.
+    """One pass over a global batch: its sums over all ranks, and what the ranks said of themselves meanwhile.
 
-    `stop`: one of them was asked to stop. `written`: all have written their share of a step that is saved in
-    the background.
+    `sums` are those that the loss gives. `stop`: a rank was asked to stop. `written`: all have written their share of
+    a step that is saved in the background.
     """
 
-    loss: float
-    trained_tokens: int
+    sums: Mapping[str, float]
     stop: bool
     written: bool
+
+    @property
+    def loss(self) -> float:
+        """The mean loss."""
+        return self.sums["loss"] / max(self.sums["count"], 1.0)
+
+    @property
+    def more(self) -> dict[str, float]:
+        """The means of what the loss measures beside."""
+        fixed = ("loss", "count", "trained_tokens")
+        return {name: value / max(self.sums["count"], 1.0) for name, value in self.sums.items() if name not in fixed}
 
 
 @dataclass(frozen=True)
@@ -56,7 +66,7 @@ class Training:
     config: TrainConfig
     layout: Layout
     steps: int
-    loss: Callable[..., Any]  # of the objective
+    loss: Loss
     chunks: list[DistributedDataParallel]
     optimizer: MegatronOptimizer
     batches: Batches
@@ -65,6 +75,8 @@ class Training:
     checkpoints: Path
     saver: Saver
     start: Position
+    signals: Signals
+    refer: Callable[[Pass, list[MicroBatch]], list[MicroBatch]] | None = None  # asks a reference at every step
     complete: Callable[[Path], None] | None = None  # adds to a step's folder what other tools read
     began: float = field(default_factory=psutil.Process().create_time)  # before imports and loading
 
@@ -116,6 +128,11 @@ def _take_steps(run: Training, batches: Iterator[MicroBatch]) -> Path:
         figures, outcome = train_step(run, index, batches)
         run.reporter.step(figures)
         step, stop, last = figures.step, outcome.stop, figures.step == run.steps
+        for sentence in run.signals.look(step, figures.more):
+            run.reporter.say(sentence)
+        if run.signals.is_enough and not last:
+            run.reporter.say(f"--stop-separated {run.signals.stop_separated}: training ends with this step")
+            last = True
         due = last or _is_due(step, output.save_interval)
         saves = last or (due and not stop)
         if saves:
@@ -132,7 +149,9 @@ def _take_steps(run: Training, batches: Iterator[MicroBatch]) -> Path:
                 f"stopped after step {step} of {run.steps}, saved as {run.checkpoints / step_name(step)}; "
                 "the same line goes on from there"
             )
-    return run.checkpoints / step_name(run.steps)
+        if last:
+            break
+    return run.checkpoints / step_name(step)
 
 
 def train_step(run: Training, index: int, batches: Iterator[MicroBatch]) -> tuple[StepFigures, Outcome]:
@@ -149,13 +168,13 @@ def train_step(run: Training, index: int, batches: Iterator[MicroBatch]) -> tupl
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     numbers = run.batches.row_numbers(run.consumed(index))
-    outcome = _forward_backward(run, batches, forward_only=False)
+    outcome = _forward_backward(run, _pass(run, run.batches), batches, forward_only=False)
     if not math.isfinite(outcome.loss):
         _not_finite("loss", outcome.loss, run, index)
     grad_norm = _optimizer_step(run, index) if math.isfinite(outcome.loss) else None
-    tokens = run.batches.rows.tokens_in(numbers)
+    tokens, trained = run.batches.rows.tokens_in(numbers), int(outcome.sums["trained_tokens"])
     seconds = time.monotonic() - started
-    return StepFigures(index + 1, outcome.loss, rate, grad_norm, tokens, outcome.trained_tokens, seconds), outcome
+    return StepFigures(index + 1, outcome.loss, rate, grad_norm, tokens, trained, seconds, outcome.more), outcome
 
 
 def _optimizer_step(run: Training, index: int) -> float | None:
@@ -174,65 +193,44 @@ def _validate(run: Training, step: int) -> bool:
         result = evaluate(run)
     if result is None:
         return True
-    run.reporter.validated(step, *result)
+    run.reporter.validated(step, result.loss, int(result.sums["trained_tokens"]), result.more)
     return False
 
 
-def evaluate(run: Training) -> tuple[float, int] | None:
-    """Return the mean loss over all trained tokens of the validation rows, and how many those are.
-
-    None when a rank was asked to stop on the way.
-    """
-    total, tokens, stop = 0.0, 0, False
-    _switch_to(run, training=False)
-    with torch.no_grad():
+def evaluate(run: Training) -> Outcome | None:
+    """Return the figures of all validation rows; None when a rank was asked to stop on the way."""
+    sums: dict[str, float] = {}
+    one, work = None, _pass(run, run.validation)
+    with work.evaluating():
         for batches in run.validation.evaluation():
-            one = _forward_backward(run, _shares(run, batches), forward_only=True)
-            total, tokens, stop = total + one.loss * one.trained_tokens, tokens + one.trained_tokens, one.stop
-            if stop:
+            one = _forward_backward(run, work, _shares(run, batches), forward_only=True)
+            sums = {name: sums.get(name, 0.0) + value for name, value in one.sums.items()}
+            if one.stop:
                 break
-    _switch_to(run, training=True)
-    return None if stop else (total / tokens, tokens)
+    return None if one is None or one.stop else replace(one, sums=sums)
 
 
-def _switch_to(run: Training, *, training: bool) -> None:
-    for chunk in run.chunks:
-        chunk.train(training)
+def _pass(run: Training, batches: Batches) -> Pass:
+    return Pass(run.chunks, run.layout, run.config.batch.micro_batch_size * batches.row_length)
 
 
-def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> Outcome:
+def _forward_backward(run: Training, work: Pass, batches: Iterator[MicroBatch], *, forward_only: bool) -> Outcome:
     """Run one global batch, forward only or backward too."""
-    micro, several = run.config.batch.micro_batch_size, len(run.chunks) > 1
-    mine = islice(batches, run.layout.micro_batches)
-    results = get_forward_backward_func()(
-        forward_step_func=partial(forward_step, run.loss),
-        data_iterator=list(tee(mine, len(run.chunks))) if several else mine,
-        model=run.chunks,
-        num_microbatches=run.layout.micro_batches,
-        # Packed rows lie end to end: one long row in the eyes of megatron-core.
-        seq_length=micro * (run.validation if forward_only else run.batches).row_length,
-        micro_batch_size=1,
-        forward_only=forward_only,
-    )
-    said = [0.0, 0.0]
+    mine: Iterable[MicroBatch] = islice(batches, run.layout.micro_batches)
+    if run.refer is not None:
+        mine = run.refer(work, list(mine))
+    results = work.run(run.loss, mine, forward_only=forward_only)
+    names = ("loss", "count", "trained_tokens", *run.loss.figures)
+    said = [0.0] * len(names)
     if speaks_for_its_tokens():
-        said = [float(sum(result[key] for result in results)) for key in ("loss", "trained_tokens")]
+        said = torch.stack([sum(result[name].double() for result in results) for name in names]).tolist()
     stop = stop_requested() or run.is_out_of_time
-    loss, trained, stopping, written = sum_over_ranks([*said, float(stop), float(run.saver.is_written)])
-    return Outcome(loss / max(trained, 1.0), int(trained), stopping > 0, written == run.layout.world)
+    *sums, stopping, written = sum_over_ranks([*said, float(stop), float(run.saver.is_written)])
+    return Outcome(dict(zip(names, sums, strict=True)), stopping > 0, written == run.layout.world)
 
 
 def _shares(run: Training, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
     return (share_of(batch, rank=context_rank(), size=run.layout.context) for batch in batches)
-
-
-def forward_step(
-    loss: Callable[..., Any], batches: Iterator[MicroBatch], model: torch.nn.Module
-) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
-    """Run the next micro batch through `model`; return its output and the function that makes the loss of it."""
-    batch = next(batches).cuda()
-    output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
-    return output, partial(loss, batch=batch)
 
 
 def _not_finite(what: str, value: float, run: Training, index: int, *, spoiled: bool = False) -> None:

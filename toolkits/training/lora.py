@@ -22,8 +22,9 @@ from conversion.quantized import BaseFormat, Format
 
 from ..foundation.errors import UsageError, raise_all
 from ..planning.weights import Tuning, chunk_layers
-from .config import LoraSettings, Quantize, TrainConfig
+from .config import TrainConfig
 from .layout import Layout
+from .settings import LoraSettings, Quantize
 from .sources import ModelSource
 
 

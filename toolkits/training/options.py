@@ -1,6 +1,6 @@
 """The declared settings as options of a click command."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
@@ -21,10 +21,11 @@ def parse_flags(flags: Sequence[str]) -> TrainConfig:
         raise UsageError(error.format_message()) from None
 
 
-def settings_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    """Add an option for every setting; the command receives them by field name."""
+def settings_options(command: Callable[..., Any], *, leave_out: Collection[str] = ()) -> Callable[..., Any]:
+    """Add an option for every setting but those of the groups `leave_out`; the command gets them by field name."""
     for setting in reversed(list(all_settings())):
-        command = setting_option(setting)(command)
+        if setting.group not in leave_out:
+            command = setting_option(setting)(command)
     return command
 
 

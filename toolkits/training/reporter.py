@@ -95,7 +95,7 @@ class Reporter:
         self.say(
             f"step {figures.step}/{self.steps} | loss {figures.loss:.6f} | lr {figures.learning_rate:.3e}"
             f" | {_grad_norm(figures)} | {figures.rate:,.0f} tokens/s"
-            f" | trained tokens {figures.trained_tokens:,}{''.join(f' | {n} {v:.4g}' for n, v in figures.more.items())}"
+            f" | trained tokens {figures.trained_tokens:,}{_shown(figures.more)}"
             f" | memory {human_bytes(peak_memory())} | {clock(left)} left"
         )
         self._show(eta_seconds=left)
@@ -111,14 +111,14 @@ class Reporter:
         }
         self._track(figures.step, {name: value for name, value in scalars.items() if value is not None})
 
-    def validated(self, step: int, loss: float, tokens: int) -> None:
-        """Report a validation pass after `step`."""
+    def validated(self, step: int, loss: float, tokens: int, more: Mapping[str, float]) -> None:
+        """Report a validation pass after `step`; `more` is what the objective measures beside."""
         if self.watch is not None:
             self.validation.add(step, loss)
-            self._note({"step": step, "validation_loss": loss, "trained_tokens": tokens})
-            self.say(f"validation after step {step} | loss {loss:.6f} | trained tokens {tokens:,}")
+            self._note({"step": step, "validation_loss": loss, "trained_tokens": tokens, **more})
+            self.say(f"validation after step {step} | loss {loss:.6f} | trained tokens {tokens:,}{_shown(more)}")
             self._show()
-            self._track(step, {"validation/loss": loss})
+            self._track(step, {"validation/loss": loss, **{f"validation/{name}": each for name, each in more.items()}})
             self.draw()
 
     def saved(self, folder: Path) -> None:
@@ -227,6 +227,11 @@ class Reporter:
         except Exception as error:
             self.trackers.remove(tracker)
             self.say(f"{tracker.name} failed and gets no more figures: {error}")
+
+
+def _shown(more: Mapping[str, float]) -> str:
+    """Return the figures that a line has room for; those with a / in their name are of a group, for files."""
+    return "".join(f" | {name} {value:.4g}" for name, value in more.items() if "/" not in name)
 
 
 def _grad_norm(figures: StepFigures) -> str:

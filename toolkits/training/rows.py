@@ -3,8 +3,8 @@
     dataset -> the documents that are trained on, and how much of each -> rows
 
 A dataset's documents lie end to end in an order that the seed gives, and a row is a stretch of that: whole
-conversations for --rows conversations, SEQ_LEN tokens whatever they cut for --rows documents. Memory is a few
-numbers for each document.
+conversations for --rows conversations, whole pairs of two answers for --rows pairs, SEQ_LEN tokens whatever they cut
+for --rows documents. Memory is a few numbers for each document.
 """
 
 from collections.abc import Iterable
@@ -20,10 +20,11 @@ from data_preprocessing.fitting import fit
 from data_preprocessing.packing import one_per_row, pack
 
 from ..foundation.errors import DataError
-from .config import DataSettings
 from .layout import Layout
+from .settings import DataSettings, RowKind
 
 HELD_OUT = 0.01  # part of the training data that validates when there is no validation set
+UNITS: dict[RowKind, int] = {"conversations": 1, "documents": 1, "pairs": 2}  # documents that are never parted
 MANY_EPOCHS = 4  # of the same documents: more teach little (Muennighoff et al., 2023, arXiv 2305.16264)
 
 
@@ -42,7 +43,10 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Selection:
-    """Documents of a dataset, and how many tokens of each are used, both [documents]."""
+    """Documents of a dataset, and how many tokens of each are used, both [n, unit].
+
+    `unit` documents belong together in one row: the two answers of a pair.
+    """
 
     dataset: Dataset
     documents: np.ndarray
@@ -78,30 +82,38 @@ def select(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[st
             raise DataError(f"{dataset.path}: no document has two tokens: there is nothing to predict")
         short = len(dataset) - len(kept)
         remarks = [f"{dataset.path}: {short:,} documents were left out: they have one token or none"] if short else []
-        return Selection(dataset, kept, np.asarray(dataset.lengths)[kept]), remarks
-    selection, remarks = _fitting(dataset, settings)
+        return Selection(dataset, kept[:, None], np.asarray(dataset.lengths)[kept, None]), remarks
+    selection, remarks = (_fitting_pairs if settings.rows == "pairs" else _fitting)(dataset, settings)
     if not len(selection):
-        raise DataError(f"{dataset.path}: no conversation with a trained token fits --seq-len {settings.seq_len}")
+        what = settings.rows.removesuffix("s")
+        raise DataError(f"{dataset.path}: no {what} with a trained token fits --seq-len {settings.seq_len}")
     return selection, remarks
 
 
 @dataclass(frozen=True)
 class SetRows:
-    """Rows of one dataset.
+    """Rows of one dataset, of `row_tokens` tokens at most.
 
     `documents` [n] lie end to end, `ends` int64 [n] says where each of them ends; `borders` int64 [rows + 1]
-    where each row begins, and where the last one ends. `every_token`: the dataset's loss mask is not asked.
+    where each row begins, and where the last one ends. `kind` is --rows. `reference` fp32 [documents of the dataset]:
+    the log-probability of the trained tokens of each that is used, under the reference.
     """
 
     dataset: Dataset
     documents: np.ndarray
     ends: np.ndarray
     borders: np.ndarray
-    seq_len: int
-    every_token: bool = False
+    row_tokens: int
+    kind: RowKind = "conversations"
+    reference: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.borders) - 1
+
+    @property
+    def every_token(self) -> bool:
+        """Whether the dataset's loss mask is not asked."""
+        return self.kind == "documents"
 
     @property
     def num_tokens(self) -> int:
@@ -126,25 +138,27 @@ class SetRows:
         return int(np.add.reduceat(padded, np.searchsorted(ends, self.borders[:-1], side="right")).max())
 
     def __str__(self) -> str:
+        room = len(self) * self.row_tokens
         return (
-            f"{len(self.documents):,} {'documents' if self.every_token else 'conversations'}, {self.num_tokens:,} "
-            f"tokens in {len(self):,} rows of {self.seq_len} ({self.num_tokens / (len(self) * self.seq_len):.1%} full)"
+            f"{len(self.documents) // UNITS[self.kind]:,} {self.kind}, {self.num_tokens:,} tokens in {len(self):,} "
+            f"rows of {self.row_tokens} ({self.num_tokens / room:.1%} full)"
         )
 
 
 def make_rows(selection: Selection, settings: DataSettings) -> SetRows:
-    """Return the rows of whole conversations, packed or one a row, or of documents cut every `seq_len` tokens."""
+    """Return the rows of whole conversations or pairs, packed or one a row, or of documents cut every `seq_len`."""
+    room = settings.row_tokens
+    sizes = selection.lengths.sum(axis=1)
     if settings.rows == "documents":
         order = np.random.default_rng(settings.seed).permutation(len(selection))
-        ends = np.cumsum(selection.lengths[order], dtype=np.int64)
+        total = int(sizes.sum())
         # The last row is what remains: it alone may be short.
-        borders = np.minimum(np.arange(-(-ends[-1] // settings.seq_len) + 1) * settings.seq_len, ends[-1])
+        borders = np.minimum(np.arange(-(-total // room) + 1) * room, total)
     else:
-        order, bounds = (pack if settings.packing else one_per_row)(selection.lengths, settings.seq_len)
-        ends = np.cumsum(selection.lengths[order], dtype=np.int64)
-        borders = np.append(0, ends)[bounds]
-    every_token = settings.rows == "documents"
-    return SetRows(selection.dataset, selection.documents[order], ends, borders, settings.seq_len, every_token)
+        order, bounds = (pack if settings.packing else one_per_row)(sizes, room)
+        borders = np.append(0, np.cumsum(sizes[order], dtype=np.int64))[bounds]
+    ends = np.cumsum(selection.lengths[order].ravel(), dtype=np.int64)
+    return SetRows(selection.dataset, selection.documents[order].ravel(), ends, borders, room, settings.rows)
 
 
 @dataclass(frozen=True)
@@ -185,7 +199,7 @@ class Rows:
 
     def physical_length(self, layout: Layout) -> int:
         """Return the tokens that a row takes in memory: the same for all rows, and what `layout` can divide."""
-        longest = max(part.seq_len for part in self.parts)
+        longest = max(part.row_tokens for part in self.parts)
         if layout.segment_multiple > 1:
             longest = max(longest, *(part.longest_padded(layout.segment_multiple) for part in self.parts))
         return layout.padded(longest)
@@ -210,4 +224,29 @@ def _fitting(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[
     if untrained:
         remarks.append(f"{dataset.path}: {untrained:,} conversations were left out: no token of them is trained on")
     kept = np.flatnonzero((fitted.lengths > 0) & (fitted.targets > 0))
-    return Selection(dataset, kept, fitted.lengths[kept]), remarks
+    return Selection(dataset, kept[:, None], fitted.lengths[kept, None]), remarks
+
+
+def _fitting_pairs(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[str]]:
+    """Return the pairs of which both answers fit with their prompt: one that is cut is not what was judged."""
+    lengths = np.array(dataset.lengths, dtype=np.int64).reshape(-1, 2)
+    targets = dataset.trained_targets().reshape(-1, 2)
+    long = (lengths > settings.seq_len).any(axis=1)
+    if settings.too_long == "stop" and long.any():
+        raise DataError(
+            f"{dataset.path}: {long.sum():,} of {len(long):,} pairs have an answer over SEQ_LEN {settings.seq_len} "
+            f"with its prompt, the longest {lengths.max():,} tokens (pair {int(lengths.max(axis=1).argmax())}); raise "
+            "SEQ_LEN, or leave them out with --too-long drop"
+        )
+    untrained = (targets == 0).any(axis=1) & ~long
+    remarks = []
+    if long.any():
+        remarks.append(
+            f"{long.sum():,} pairs were left out: an answer and its prompt are over {settings.seq_len} tokens"
+        )
+    if untrained.any():
+        remarks.append(f"{untrained.sum():,} pairs were left out: no token of an answer is trained on")
+    kept = np.flatnonzero(~long & ~untrained)
+    return Selection(dataset, np.stack([2 * kept, 2 * kept + 1], axis=1), lengths[kept]), [
+        f"{dataset.path}: {remark}" for remark in remarks
+    ]

@@ -34,9 +34,11 @@ from .objectives import Objective
 from .optimizer import build_optimizer
 from .parallel.model import DTYPES, Chunks, build_model, wrap
 from .parallel.world import gather, process_groups, rank
+from .reference import Referee, ask_base
 from .reporter import Reporter, StepFigures, peak_memory
 from .run_folder import claimed, data_digest
 from .saving import Saver
+from .signals import Signals
 from .sources import DataSource, ModelSource, find_data, find_model
 from .watch import Watch, trackers_of, watched
 from .weights import load_huggingface, load_mcore
@@ -191,37 +193,46 @@ def _set_up(
     if resumed is not None:
         require_loadable(resumed, layout, precision=precision, sharding=sharding)
     _require_space(plan)
-    chunks = _model(plan, resumed)
+    loss, data = objective.loss(config), plan.data
+    refers = "preference" in objective.groups and config.preference.uses_reference
+    referee = None
+    if refers and config.preference.reference == "cached":
+        referee = Referee(data, config, plan.source, reporter)
+    chunks = _model(plan, as_it_starts=resumed is None or (referee is not None and not referee.is_complete))
     wrapped = wrap(
         chunks,
         distributed_optimizer=config.layout.distributed_optimizer,
         overlap=config.layout.overlap_communication,
     )
+    replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
+    if referee is not None:
+        data = referee.data(wrapped, layout, replica)
     optimizer = build_optimizer(config, wrapped, offload=plan.offload)
     if resumed is not None:
         load_step(resumed, RunState(chunks, optimizer, layout, precision, sharding))
-    replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
     return Training(
         config=config,
         layout=layout,
         steps=plan.steps,
-        loss=objective.loss,
+        loss=loss,
         chunks=wrapped,
         optimizer=optimizer,
-        batches=Batches(plan.data.training, config.batch, layout, replica=replica, seed=seed),
-        validation=Batches(plan.data.validation, config.batch, layout, replica=replica, seed=seed),
+        batches=Batches(data.training, config.batch, layout, replica=replica, seed=seed),
+        validation=Batches(data.validation, config.batch, layout, replica=replica, seed=seed),
         reporter=reporter,
         checkpoints=plan.folder,
         saver=Saver(plan.folder, config.output.keep_last, say=reporter.say, saved=reporter.saved),
         start=start,
+        signals=Signals(config.preference.stop_separated),
+        refer=ask_base if refers and referee is None else None,
         complete=partial(write_peft, plan.lora, plan.source, DTYPES[precision]) if plan.lora is not None else None,
     )
 
 
-def _model(plan: RunPlan, resumed: Saved | None) -> Chunks:
-    """Build this rank's model; its weights are there unless a step will bring them."""
+def _model(plan: RunPlan, *, as_it_starts: bool) -> Chunks:
+    """Build this rank's model; its weights are there `as_it_starts`, or unless a step will bring them."""
     config, source, lora = plan.config, plan.source, plan.lora
-    is_new = resumed is None or lora is not None  # an adapter's step has no other weights
+    is_new = as_it_starts or lora is not None  # an adapter's step has no other weights
     initialize = config.model.checkpoint == "none" and is_new
     quantize_as = lora.quantize if lora is not None else None
     kinds = {"adapters": lora is not None, "quantized": quantize_as is not None}

@@ -26,12 +26,14 @@ from data_preprocessing.tokenizer import tokenizer_fingerprint
 from ..foundation.errors import UsageError
 from ..foundation.lock import locked
 from ..foundation.publish import publish_directory, remove_unfinished, write_text
-from .config import LoraSettings, TrainConfig
+from .config import TrainConfig
 from .ending import end_token
+from .settings import LoraSettings
 from .sources import ModelSource
 
 FINGERPRINT = "fingerprint.json"
 HEAD = 1 << 16  # bytes of tokens that tell a dataset without a manifest from another
+OF_SOME = ("adapter", "preference")  # what not every run has
 OF_DATA = ("data", "validation data", "rows", "seq_len", "packing", "too_long")  # what --data-restart lets change
 
 
@@ -52,6 +54,7 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "too_long": data.too_long,
             "seed": data.seed,
             **({"adapter": adapter_fingerprint(config.lora)} if config.lora.is_used else {}),
+            **({"preference": asdict(config.preference)} if data.rows == "pairs" else {}),
         },
         "schedule": {
             **asdict(config.optimizer),
@@ -70,10 +73,24 @@ def adapter_fingerprint(lora: LoraSettings) -> dict[str, Any]:
     return said
 
 
+def reference_fingerprint(config: TrainConfig, source: ModelSource) -> str:
+    """Return what makes the model that training starts from give the same log-probabilities."""
+    lora = config.lora
+    return digest_of(
+        {
+            "model": _digest((source.hf_files / "config.json").read_bytes()),
+            "base checkpoint": _weights_fingerprint(source, config.data.seed),
+            "precision": config.compute.precision,
+            "quantize": lora.quantize,
+            "adapter": lora.adapter and adapter_fingerprint(lora),
+        }
+    )
+
+
 def data_digest(folder: Path) -> str:
     """Return a digest of what the rows of the run in `folder` are made of; the folder is claimed."""
     same = json.loads((folder / FINGERPRINT).read_text(encoding="utf-8"))["same"]
-    return _digest(json.dumps([same[name] for name in OF_DATA]).encode())
+    return digest_of([same[name] for name in OF_DATA])
 
 
 @contextlib.contextmanager
@@ -130,7 +147,7 @@ def _compare(folder: Path, now: Mapping[str, Any], config: TrainConfig) -> list[
 def _differences(
     then: Mapping[str, Any], now: Mapping[str, Any], *, leave_out: tuple[str, ...] = ()
 ) -> list[tuple[str, Any, Any]]:
-    names = [name for name in {**now, **then} if name not in leave_out and (name in now or name == "adapter")]
+    names = [name for name in {**now, **then} if name not in leave_out and (name in now or name in OF_SOME)]
     return [(name, then.get(name), now.get(name)) for name in names if then.get(name) != now.get(name)]
 
 
@@ -142,14 +159,14 @@ def _weights_fingerprint(source: ModelSource, seed: int) -> str:
 def _blend_fingerprint(said: str) -> str:
     """Return the digest of a dataset, or the weights and digests of a blend."""
     parts = parse_blend(said)
-    digests = [_dataset_fingerprint(part.path) for part in parts]
+    digests = [dataset_fingerprint(part.path) for part in parts]
     if len(parts) == 1:
         return digests[0]
     weights = whole_weights(parts)
     return ", ".join(f"{weight} x {digest}" for weight, digest in zip(weights, digests, strict=True))
 
 
-def _dataset_fingerprint(prefix: Path) -> str:
+def dataset_fingerprint(prefix: Path) -> str:
     """Return a digest of the dataset's manifest, which has the hashes of its files, else of its index and first tokens.
 
     The doubled layout has the same index for all data: every document is of one length.
@@ -160,6 +177,11 @@ def _dataset_fingerprint(prefix: Path) -> str:
         return _digest(json.dumps(json.loads(manifest.read_bytes())["files"], sort_keys=True).encode())
     with open(f"{base}.idx", "rb") as index, open(f"{base}.bin", "rb") as tokens:
         return _digest(hashlib.file_digest(index, "sha256").digest() + tokens.read(HEAD))
+
+
+def digest_of(value: Any) -> str:
+    """Return a short digest of a JSON value."""
+    return _digest(json.dumps(value).encode())
 
 
 def _digest(raw: bytes) -> str:

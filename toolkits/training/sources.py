@@ -18,8 +18,8 @@ from data_preprocessing.dataset import Dataset, document_prefix, open_dataset
 from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import CheckpointError, DataError, UsageError, raise_all
-from .config import DataSettings, ModelSettings
 from .rows import Rows, Selection, make_rows, select
+from .settings import DataSettings, ModelSettings
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class DataSource:
         if len(rows) < global_batch_size:
             paths = ", ".join(str(part.dataset.path) for part in rows.parts)
             raise DataError(
-                f"{paths}: {len(rows)} rows of {rows.parts[0].seq_len} tokens are fewer than one global batch of "
-                f"{global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, or for conversations "
+                f"{paths}: {len(rows)} rows of {rows.parts[0].row_tokens} tokens are fewer than one global batch of "
+                f"{global_batch_size}; use a smaller GLOBAL_BATCH_SIZE or SEQ_LEN, or for conversations and pairs "
                 "MP_SFT_PACKING=false"
             )
 
@@ -140,10 +140,18 @@ def _rows(chosen: Sequence[Selection], data: DataSettings, weights: Sequence[int
 
 
 def _require_kind(dataset: Dataset, data: DataSettings) -> None:
+    if data.rows == "pairs" and dataset.kind != "preferences":
+        raise DataError(
+            f"{dataset.path} holds {dataset.kind}{_taken(dataset)}, and this objective reads preference pairs; build "
+            "it from rows with chosen and rejected answers, or fine-tune on it with `temper train sft`"
+        )
+    if data.rows == "pairs":
+        return
     if dataset.kind not in ("conversations", "text"):
         raise DataError(
             f"{dataset.path} holds {dataset.kind}, and this objective reads conversations or plain text; build it "
             "again from rows with an answer, and without chosen, rejected and label"
+            + (", or train on it with `temper train dpo`" if dataset.kind == "preferences" else "")
         )
     if dataset.kind == "text" and data.rows == "conversations":
         raise DataError(

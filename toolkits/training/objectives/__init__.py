@@ -1,13 +1,34 @@
 """What the one loop can optimise, by the word behind `temper train`.
 
-A loss is a module of this folder with `loss`: from the model's output and the micro batch to (summed loss,
-number of trained tokens, figures). The step divides the sums of the whole global batch.
+A module of this folder makes a `Loss` of a run's settings: from the model's output and the micro batch to sums and
+what they are divided by. The step divides the sums of the whole global batch.
 """
 
 import importlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
+
+    from ..batches import MicroBatch
+    from ..config import TrainConfig
+
+    LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+
+
+class Loss(Protocol):
+    """A loss: `unit` is what its mean is over, `figures` the names of the means that it gives beside."""
+
+    unit: str
+    figures: tuple[str, ...]
+
+    def __call__(self, output: "torch.Tensor", /, *, batch: "MicroBatch") -> "LossResult":
+        """Return the summed loss, the number of units (int), and detached sums by name.
+
+        These are `loss`, `count` (the units), `trained_tokens` and the `figures`; their sum over all ranks that
+        speak for their tokens is that of the global batch.
+        """
 
 
 @dataclass(frozen=True)
@@ -19,11 +40,12 @@ class Objective:
     help: str
     module: str
     rows: str = "conversations"  # the --rows that its command sets
+    groups: tuple[str, ...] = ()  # of settings that are for it, and not for all
 
-    @property
-    def loss(self) -> Callable[..., Any]:
-        """The loss; imports torch."""
-        return importlib.import_module(f".{self.module}", __name__).loss  # type: ignore[no-any-return]
+    def loss(self, config: "TrainConfig") -> Loss:
+        """Return the loss for the settings of a run; imports torch."""
+        made: Any = importlib.import_module(f".{self.module}", __name__).make(config)
+        return made  # type: ignore[no-any-return]
 
 
 OBJECTIVES = {
@@ -31,5 +53,13 @@ OBJECTIVES = {
     for each in (
         Objective("sft", "finetune", "Supervised fine-tuning of all parameters.", "cross_entropy"),
         Objective("pretrain", "pretrain", "Pre-training, or more of it, on plain text.", "cross_entropy", "documents"),
+        Objective(
+            "dpo",
+            "dpo",
+            "Learn from pairs of a better and a worse answer: DPO, IPO, SimPO, ORPO and others.",
+            "preference",
+            "pairs",
+            ("preference",),
+        ),
     )
 }

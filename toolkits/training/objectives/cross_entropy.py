@@ -1,15 +1,30 @@
 """Cross entropy of the trained tokens, summed."""
 
+from typing import TYPE_CHECKING
+
 import torch
 
 from ..batches import MicroBatch
+from ..config import TrainConfig
 
-LossResult = tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]
+if TYPE_CHECKING:
+    from . import Loss, LossResult
 
 
-def loss(losses: torch.Tensor, *, batch: MicroBatch) -> LossResult:
-    """Return the sum of `losses` [1, t] where the batch's loss mask is 1, and how many those are."""
-    total = (losses.float() * batch.loss_mask).sum()
-    trained = batch.loss_mask.sum().to(torch.int)
-    # Cloned: the schedule may divide the loss in place.
-    return total, trained, {"loss": total.detach().clone(), "trained_tokens": trained.clone()}
+def make(_config: TrainConfig) -> "Loss":
+    """Return the loss: it has no settings."""
+    return CrossEntropy()
+
+
+class CrossEntropy:
+    """The mean over the trained tokens."""
+
+    unit: str = "trained token"
+    figures: tuple[str, ...] = ()
+
+    def __call__(self, losses: torch.Tensor, *, batch: MicroBatch) -> "LossResult":
+        """Return the sum of `losses` [1, t] where the batch's loss mask is 1, and how many those are."""
+        total = (losses.float() * batch.loss_mask).sum()
+        trained = batch.loss_mask.sum().to(torch.int)
+        # Cloned: the schedule may divide the loss in place.
+        return total, trained, {"loss": total.detach().clone(), "count": trained, "trained_tokens": trained}

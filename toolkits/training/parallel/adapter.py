@@ -56,6 +56,7 @@ class LoraAdapter(torch.nn.Module):
     """
 
     group: torch.distributed.ProcessGroup
+    is_off = False  # for a pass of the base alone
 
     def __init__(self, layer: Any, parts: list[PartOfLinear], *, shares: int, dropout: float) -> None:
         super().__init__()
@@ -151,6 +152,8 @@ def stand_beside(layer: torch.nn.Module, adapter: LoraAdapter) -> None:
 def _add(
     layer: Any, inputs: tuple[torch.Tensor, ...], outputs: tuple[torch.Tensor, torch.Tensor | None]
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if layer.adapter.is_off:
+        return outputs
     output, bias = outputs
     more = layer.adapter(inputs[0])
     return output + (layer.behind(more) if hasattr(layer, "behind") else more), bias

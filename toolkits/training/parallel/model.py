@@ -14,8 +14,8 @@ from megatron.core.transformer import MLATransformerConfig, TransformerConfig
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 
-from ..config import ComputeSettings
 from ..layout import GRADIENT_BUCKET, Layout
+from ..settings import ComputeSettings
 from .fused import has_fused_weight_gradient, has_transformer_engine
 from .head import LossHead
 from .offload import saved_on_cpu
