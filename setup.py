@@ -38,6 +38,6 @@ setup(
         "te": ["transformer-engine[pytorch]"],
         "wandb": ["wandb"],
         "mlflow": ["mlflow-skinny<4"],  # enough for its file store
-        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pyarrow", "peft", "bitsandbytes>=0.50"],
+        "dev": ["pytest", "pytest-xdist", "ruff", "mypy", "pyarrow", "peft", "bitsandbytes>=0.50", "trl>=1.16,<2"],
     },
 )

@@ -108,6 +108,8 @@ def test_every_family_keeps_the_order_that_its_users_know() -> None:
         assert order[word] == [*NAMES[:12], "EP", *NAMES[12:]], word
     for word in ("qwen3", "deepseek_v3"):
         assert order[word] == [*NAMES[:12], "ETP", "EP", *NAMES[12:]], word
+    for word in ("qwen", "llama", "qwen3"):
+        assert order[f"{word}_dpo"] == [*order[word], "BETA"], word
 
 
 def test_a_family_has_a_launcher_or_does_not_train() -> None:
@@ -132,6 +134,18 @@ def test_the_readme_lists_the_launchers() -> None:
     assert {launcher.script for launcher in LAUNCHERS.values()} == {
         path.name for path in (REPOSITORY / "run_scripts").glob("run_mcore_*.sh")
     }
+
+
+def test_a_call_with_beta_trains_on_pairs(home) -> None:
+    job = check_call(LAUNCHERS["qwen_dpo"], [*SEED_LINE, "0.3"], {})
+    assert job.call.objective.word == "dpo" and job.config.data.rows == "pairs"
+    assert job.config.preference.beta == 0.3 and job.config.output.name.startswith("dpo-mcore-qwen2.5-")
+    for beta, said in (("0", "BETA 0 must be above 0"), ("no", "BETA .position 26. 'no' must be a number")):
+        with pytest.raises(UsageError, match=said):
+            check_call(LAUNCHERS["qwen_dpo"], [*SEED_LINE, beta], {})
+    place = [entry.name for entry in QWEN.positions].index("SFT")
+    with pytest.raises(UsageError, match="'false' must be one of true"):
+        check_call(LAUNCHERS["qwen_dpo"], [*SEED_LINE[:place], "false", *SEED_LINE[place + 1 :], "0.1"], {})
 
 
 def test_help_prints_the_table(capsys) -> None:

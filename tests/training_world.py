@@ -16,6 +16,7 @@ from pathlib import Path
 from toolkits.cards.sample import (  # noqa: F401 - some are here for the tests
     VOCABULARY,
     write_dataset,
+    write_pairs,
     write_tokenizer,
 )
 
@@ -77,16 +78,17 @@ def selected(request, parameter):
     return {call[parameter] for call in calls if parameter in call}
 
 
-def run_cases(folder, ranks, cases, *, script=__file__):
-    """Run each case (a list of flags) on `ranks` ranks, one after the other; return the histories by name.
+def run_cases(folder, ranks, cases, *, script=__file__, objective="sft"):
+    """Run each case (a list of flags) of an objective on `ranks` ranks, one after the other.
 
-    A history is a list of step figures as dicts. A case that fails fails the whole world. `script` is what a
-    rank runs: it calls `rank_main` in the end.
+    Returns the histories by name. A history is a list of step figures as dicts. A case that fails fails the whole
+    world. `script` is what a rank runs: it calls `rank_main` in the end.
     """
     folder.mkdir(exist_ok=True)
     ports = free_ports(len(cases))
     plan = [
-        {"name": name, "port": port, "flags": case} for (name, case), port in zip(cases.items(), ports, strict=True)
+        {"name": name, "port": port, "flags": case, "objective": objective}
+        for (name, case), port in zip(cases.items(), ports, strict=True)
     ]
     (folder / "cases.json").write_text(json.dumps(plan))
     run_ranks([script, folder / "cases.json"], ranks, logs=folder)
@@ -126,10 +128,10 @@ def wait(processes, seconds=400):
     return [process.poll() for process in processes]
 
 
-def start(words, *, ranks=1, **variables):
+def start(words, *, ranks=1, objective="sft", **variables):
     """Start `temper train sft` with the flags `words`, or the settings in a dict, in a process of its own."""
     words = flags(**words) if isinstance(words, dict) else words
-    command = [sys.executable, "-m", "toolkits.cli", "train", "sft", *map(str, words), "--ranks", str(ranks)]
+    command = [sys.executable, "-m", "toolkits.cli", "train", objective, *map(str, words), "--ranks", str(ranks)]
     env = os.environ | {"PYTHONPATH": str(ROOT)} | variables
     return subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -165,7 +167,7 @@ def rank_main(cases):
 
     for case in json.loads(cases.read_text()):
         os.environ["MASTER_PORT"] = str(case["port"])
-        history = run(parse_flags(case["flags"]), OBJECTIVES[case.get("objective", "sft")])
+        history = run(parse_flags(case["flags"]), OBJECTIVES[case["objective"]])
         if os.environ["RANK"] == "0":
             figures = [dataclasses.asdict(step) for step in history]
             (cases.parent / f"{case['name']}.json").write_text(json.dumps(figures))

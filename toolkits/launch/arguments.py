@@ -5,7 +5,7 @@ launcher of another family is a Launcher here and a script of two lines in run_s
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from data_preprocessing.blend import parse_blend
 
@@ -36,6 +36,7 @@ class Launcher:
     families: tuple[str, ...]  # of conversion/families
     model: str
     positions: tuple[Entry, ...]
+    task: str = "sft"  # the word of `temper train` that it is for
 
     @property
     def name_shape(self) -> str:
@@ -58,6 +59,11 @@ class Launcher:
 
 EP = Entry("EP", Integer(), "expert parallel ranks, out of TP x CP x DP; 1 without experts", "expert_parallel")
 ETP = Entry("ETP", Integer(), "ranks that share an expert; 1 without experts", "expert_tensor_parallel")
+
+
+TUNED = Entry("SFT", OneOf({"true": "sft", "false": "pretrain"}), "fine-tuning; false: continued pre-training on text")
+PAIRS = Entry("SFT", OneOf({"true": "dpo"}), "always true: it is fine-tuning, on pairs of answers")
+BETA = Entry("BETA", Number(), "how strongly answers are held to the reference, above 0", "beta")
 
 
 def _positions(sizes: str, *experts: Entry) -> tuple[Entry, ...]:
@@ -91,7 +97,7 @@ def _positions(sizes: str, *experts: Entry) -> tuple[Entry, ...]:
         Entry("SP", SWITCH, "sequence parallel; off at TP=1", "sequence_parallel"),
         Entry("DO", SWITCH, "distributed optimizer (ZeRO-1)", "distributed_optimizer"),
         Entry("FL", SWITCH, "flash attention, or the exact reference path", "flash_attention"),
-        Entry("SFT", OneOf({"true": "sft", "false": "pretrain"}), "fine-tuning; false: continued pre-training on text"),
+        TUNED,
         Entry(
             "AC", OneOf(RECOMPUTE), "activations: kept, recomputed (all, the attention) or in CPU memory", "recompute"
         ),
@@ -131,6 +137,16 @@ LAUNCHERS = {
     ),
     "deepseek_v3": Launcher("run_mcore_deepseek_v3.sh", ("deepseek_v3",), "deepseek-v3", _positions("671B", ETP, EP)),
 }
+
+
+def _on_pairs(launcher: Launcher) -> Launcher:
+    """The same positions, then BETA; a row has room for two answers of SEQ_LEN tokens."""
+    positions = tuple(PAIRS if entry is TUNED else entry for entry in launcher.positions)
+    script = launcher.script.replace(".sh", "_dpo.sh")
+    return replace(launcher, script=script, positions=(*positions, BETA), task="dpo")
+
+
+LAUNCHERS |= {f"{name}_dpo": _on_pairs(LAUNCHERS[name]) for name in ("qwen", "llama", "qwen3")}
 
 
 def launcher_of(family: str) -> Launcher | None:

@@ -154,8 +154,8 @@ def family_problems(launcher: Launcher, hf_config: Mapping[str, Any]) -> list[Te
     family = family_for(hf_config).name
     if family in launcher.families:
         return []
-    others = [each.script for each in LAUNCHERS.values() if family in each.families]
-    advice = f"use {' or '.join(others)}" if others else "start it with `temper train sft`"
+    others = [each.script for each in LAUNCHERS.values() if family in each.families and each.task == launcher.task]
+    advice = f"use {' or '.join(others)}" if others else f"start it with `temper train {launcher.task}`"
     return [
         UsageError(
             f"the checkpoint is a {family}, {launcher.script} is for {' and '.join(launcher.families)}: {advice}"

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from .arguments import CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry, Launcher
+from .arguments import BETA, CLUSTER_VARIABLES, LAUNCHERS, VARIABLES, Entry, Launcher
 from .reading import complaint
 
 WIDE = 120  # columns where nobody watches
@@ -53,6 +53,7 @@ def markdown_launchers() -> str:
     for launcher in LAUNCHERS.values():
         extra = [entry.name for entry in launcher.positions if entry.name in ("ETP", "EP")]
         count = f"{len(launcher.positions)}" + (f", {' and '.join(extra)} behind CP" if extra else "")
+        count += ", BETA last" * (BETA in launcher.positions)
         lines.append(f"| `{launcher.script}` | {', '.join(launcher.families)} | {count} |")
     return "\n".join(lines)
 

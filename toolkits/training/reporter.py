@@ -7,7 +7,7 @@ import math
 import resource
 import time
 import traceback
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -23,6 +23,11 @@ from .watch import Watch
 
 LOSS_PICTURE = "loss.png"
 METRICS = "metrics.jsonl"
+# What of an objective's figures is drawn beside the loss: a diagram's title and its lines.
+PICTURED = {
+    "reward": ("rewards/chosen", "rewards/rejected", "margin"),
+    "share of pairs": ("accuracy", "falling"),
+}
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Reporter:
     losses: Series = field(default_factory=Series)
     validation: Series = field(default_factory=Series)
     rates: Series = field(default_factory=Series)  # tokens a second
+    more: dict[str, Series] = field(default_factory=dict)  # what the objective measures beside, by name
+    unit: str = "trained token"  # what a loss is the mean over
     trained_tokens: int = 0
 
     def __post_init__(self) -> None:
@@ -139,8 +146,18 @@ class Reporter:
         return contextlib.nullcontext() if self.watch is None else self.watch.record.doing(state)
 
     def draw(self) -> None:
-        """Write the picture of all losses so far."""
-        draw_losses(self.folder / LOSS_PICTURE, self.losses.points, self.validation.points)
+        """Write the picture of all figures so far."""
+        draw(self.folder / LOSS_PICTURE, self._panels())
+
+    def _panels(self) -> "list[Panel]":
+        losses = {"training": self.losses.points}
+        if self.validation.points:
+            losses["validation"] = self.validation.points
+        panels = [Panel(f"loss per {self.unit}", losses)]
+        for title, names in PICTURED.items():
+            lines = {name.split("/")[-1]: self.more[name].points for name in names if name in self.more}
+            panels += [Panel(title, lines)] if lines else []
+        return panels
 
     def enter(self, state: str) -> None:
         """Let run.json say `state` from now on."""
@@ -195,6 +212,8 @@ class Reporter:
         if _finite(figures["loss"]) is not None:
             self.losses.add(figures["step"], figures["loss"])
         self.rates.add(figures["step"], figures["tokens"] / figures["seconds"])
+        for name in {name for names in PICTURED.values() for name in names} & figures.keys():
+            self.more.setdefault(name, Series()).add(figures["step"], figures[name])
         self.trained_tokens += figures["trained_tokens"]
 
     def _note(self, figures: dict[str, Any]) -> None:
@@ -245,19 +264,29 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def draw_losses(path: Path, losses: list[tuple[int, float]], validation: list[tuple[int, float]]) -> None:
-    """Draw (step, loss) points of training and validation into a PNG."""
+@dataclass(frozen=True)
+class Panel:
+    """Lines of (step, value) in one diagram, by their names."""
+
+    title: str
+    lines: Mapping[str, Sequence[tuple[int, float]]]
+
+
+def draw(path: Path, panels: Sequence[Panel]) -> None:
+    """Draw diagrams under each other into a PNG; an axis without negative values begins at 0."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel="loss per trained token")
-    axes.plot(*zip(*losses, strict=True), label="training", linewidth=1.2)
-    if validation:
-        axes.plot(*zip(*validation, strict=True), "o-", label="validation", markersize=4)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(8, 1.5 + 3 * len(panels)), dpi=120, layout="constrained")
+    for number, panel in enumerate(panels, start=1):
+        axes = figure.add_subplot(len(panels), 1, number, xlabel="step", ylabel=panel.title)
+        for name, points in panel.lines.items():
+            sparse = name == "validation"
+            axes.plot(*zip(*points, strict=True), "o-" if sparse else "-", label=name, markersize=4, linewidth=1.2)
+        if all(value >= 0 for points in panel.lines.values() for _, value in points):
+            axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.3)
+        axes.legend()
     FigureCanvasAgg(figure).print_png(str(path))
 
 

@@ -194,6 +194,7 @@ def _set_up(
         require_loadable(resumed, layout, precision=precision, sharding=sharding)
     _require_space(plan)
     loss, data = objective.loss(config), plan.data
+    reporter.unit = loss.unit
     refers = "preference" in objective.groups and config.preference.uses_reference
     referee = None
     if refers and config.preference.reference == "cached":
