@@ -207,14 +207,16 @@ class ChunkWork:
                 return [self._render_answer(one, found.num_shared) for one in pair], b""
             case Labelled():
                 assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
-                return [self.encoder.render(found.conversation)], _line({"label": found.label})
+                talk = found.conversation
+                asked = max((at for at, turn in enumerate(talk.messages) if turn.role == "user"), default=-1)
+                return [self._render_answer(talk, asked + 1)], _line({"label": found.label})
             case Prompt():
                 assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
                 return [self.encoder.render_prompt(found.conversation)], _line(found.about)
         raise AssertionError(f"a record of kind {self.kind}")
 
     def _render_answer(self, conversation: Conversation, num_shared: int) -> Rendered:
-        """Render one side of a pair, of which the answers behind the shared turns are trained."""
+        """Render a conversation of which the answers behind the first turns are trained."""
         assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
         turns = enumerate(conversation.messages)
         trained = [turn >= num_shared and message.role == "assistant" for turn, message in turns]

@@ -227,6 +227,11 @@ class IndexedDataset:
             file.seek(int(start))
             return json.loads(file.read(int(end - start)))  # type: ignore[no-any-return]
 
+    def labels(self) -> np.ndarray:
+        """Return of a labelled set whether each row's answer is good, bool [rows]."""
+        with open(sibling(self.path, ABOUT_SUFFIX), "rb") as file:
+            return np.array([json.loads(line)["label"] for line in file], bool)
+
     @cached_property
     def _about_bounds(self) -> np.ndarray:
         """The byte at which each line of .about begins, and where the last one ends, int64 [rows + 1]."""

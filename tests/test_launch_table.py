@@ -139,7 +139,7 @@ def test_the_readme_lists_the_launchers() -> None:
 def test_a_call_with_beta_trains_on_pairs(home) -> None:
     job = check_call(LAUNCHERS["qwen_dpo"], [*SEED_LINE, "0.3"], {})
     assert job.call.objective.word == "dpo" and job.config.data.rows == "pairs"
-    assert job.config.preference.beta == 0.3 and job.config.output.name.startswith("dpo-mcore-qwen2.5-")
+    assert job.config.reference.beta == 0.3 and job.config.output.name.startswith("dpo-mcore-qwen2.5-")
     for beta, said in (("0", "BETA 0 must be above 0"), ("no", "BETA .position 26. 'no' must be a number")):
         with pytest.raises(UsageError, match=said):
             check_call(LAUNCHERS["qwen_dpo"], [*SEED_LINE, beta], {})

@@ -11,13 +11,13 @@ import torch
 from toolkits.training.objectives.preference import Side, pair_losses, score
 from toolkits.training.settings import PreferenceSettings
 
-PAIRS = 7
+PAIRS, BETA = 7, 0.4
 TOLERANCE = {"rtol": 1e-6, "atol": 1e-6}
 VARIANTS = {
     "sigmoid": {},
     "sigmoid-normalized": {"length_normalized": True},
     "hinge": {"preference_loss": "hinge"},
-    "ipo": {"preference_loss": "ipo", "beta": 0.4},
+    "ipo": {"preference_loss": "ipo"},
     "robust": {"preference_loss": "robust", "label_smoothing": 0.15},
 }
 
@@ -40,7 +40,8 @@ def sides(answers):
 def one(chosen, rejected, **settings):
     """The loss of one pair of (log-probability, reference, tokens)."""
     pair = [Side(*(torch.tensor([float(each)]) for each in side)) for side in (chosen, rejected)]
-    return pair_losses(*pair, PreferenceSettings(**settings)).item()
+    beta = settings.pop("beta")
+    return pair_losses(*pair, PreferenceSettings(**settings), beta).item()
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_every_loss_wants_the_better_answer_and_not_the_worse(answers, name):
     settings = PreferenceSettings(**VARIANTS.get(name, {"preference_loss": name}))
     chosen, rejected = sides(answers)
     chosen.log_prob.requires_grad_(), rejected.log_prob.requires_grad_()
-    pair_losses(chosen, rejected, settings).sum().backward()
+    pair_losses(chosen, rejected, settings, BETA).sum().backward()
     if name == "ipo":  # it wants a difference, and not more
         assert torch.equal(chosen.log_prob.grad * chosen.tokens, -rejected.log_prob.grad * rejected.tokens)
     else:
@@ -124,7 +125,7 @@ def of_trl(answers, loss_type, settings, monkeypatch):
             f_divergence_type="reverse_kl",
             loss_types=[loss_type],
             loss_weights=[1.0],
-            beta=settings.beta,
+            beta=BETA,
             label_smoothing=settings.label_smoothing,
             use_weighting=False,
             _metrics={"train": defaultdict(list)},
@@ -141,38 +142,38 @@ def of_trl(answers, loss_type, settings, monkeypatch):
 def test_the_losses_with_a_reference_are_those_of_trl(answers, name, monkeypatch):
     settings = PreferenceSettings(**VARIANTS[name])
     theirs = of_trl(answers, name.replace("-normalized", "_norm"), settings, monkeypatch)
-    torch.testing.assert_close(pair_losses(*sides(answers), settings), theirs, **TOLERANCE)
+    torch.testing.assert_close(pair_losses(*sides(answers), settings, BETA), theirs, **TOLERANCE)
 
 
 @pytest.mark.parametrize("name", ["simpo", "sigmoid"])
 def test_simpo_and_smoothed_labels_are_those_of_trl(answers, name):
     cpo = pytest.importorskip("trl.experimental.cpo.cpo_trainer")
-    settings = PreferenceSettings(preference_loss=name, beta=2.0, label_smoothing=0.1 if name == "sigmoid" else 0.0)
+    settings = PreferenceSettings(preference_loss=name, label_smoothing=0.1 if name == "sigmoid" else 0.0)
     chosen, rejected = sides(answers)
     trainer = SimpleNamespace(
         alpha=0.0,
         loss_type=name,
-        beta=settings.beta,
+        beta=BETA,
         simpo_gamma=settings.simpo_margin,
         label_smoothing=settings.label_smoothing,
         accelerator=SimpleNamespace(device="cpu"),
     )
     theirs, *_ = cpo.CPOTrainer.cpo_loss(trainer, score(chosen, settings), score(rejected, settings))
-    torch.testing.assert_close(pair_losses(chosen, rejected, settings), theirs, **TOLERANCE)
+    torch.testing.assert_close(pair_losses(chosen, rejected, settings, BETA), theirs, **TOLERANCE)
 
 
 def test_orpo_is_that_of_trl(answers):
     orpo = pytest.importorskip("trl.experimental.orpo.orpo_trainer")
-    settings = PreferenceSettings(preference_loss="orpo", beta=0.3)
+    settings = PreferenceSettings(preference_loss="orpo")
     chosen, rejected = sides(answers)
-    trainer = SimpleNamespace(beta=settings.beta, accelerator=SimpleNamespace(device="cpu"))
+    trainer = SimpleNamespace(beta=BETA, accelerator=SimpleNamespace(device="cpu"))
     theirs, *_ = orpo.ORPOTrainer.odds_ratio_loss(trainer, chosen.mean, rejected.mean)
-    torch.testing.assert_close(pair_losses(chosen, rejected, settings), -chosen.mean - theirs, **TOLERANCE)
+    torch.testing.assert_close(pair_losses(chosen, rejected, settings, BETA), -chosen.mean - theirs, **TOLERANCE)
 
 
 def test_the_sft_term_is_that_of_trl(answers, monkeypatch):
     """TRL means over the tokens of a batch: of one pair that is the pair's mean."""
     theirs = of_trl(answers, "sft", PreferenceSettings(), monkeypatch)
     plain, with_term = (PreferenceSettings(sft_weight=weight) for weight in (0.0, 1.0))
-    ours = pair_losses(*sides(answers), with_term) - pair_losses(*sides(answers), plain)
+    ours = pair_losses(*sides(answers), with_term, BETA) - pair_losses(*sides(answers), plain, BETA)
     torch.testing.assert_close(ours, theirs, **TOLERANCE)

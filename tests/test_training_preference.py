@@ -6,14 +6,15 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.numpy import load_file, save_file
-from training_world import finished, flags, mostly_full, run_cases, selected, start, write_model, write_pairs
+from safetensors.numpy import load_file
+from training_world import flags, mostly_full, run_cases, selected, write_model, write_pairs
 
 from data_preprocessing.dataset import open_dataset
 from toolkits.foundation.errors import DataError, UsageError
 from toolkits.training.batches import Batches, micro_batch
 from toolkits.training.config import TrainConfig
 from toolkits.training.layout import layout_of
+from toolkits.training.reference import Cache
 from toolkits.training.signals import WINDOW, Signals
 from toolkits.training.sources import find_data, find_model
 
@@ -189,7 +190,7 @@ def test_twenty_steps_equal_the_trainer_of_trl(inputs, alone, tmp_path, name):
         weight_decay=0.0,
         max_grad_norm=config.optimizer.clip_grad,
         loss_type=[config.preference.preference_loss],
-        beta=config.preference.beta,
+        beta=config.reference.beta,
         logging_steps=1,
         save_strategy="no",
         report_to="none",
@@ -265,13 +266,6 @@ def test_a_pair_is_laid_out_as_two_documents_that_do_not_see_each_other(inputs, 
         assert batch.positions[0, begin] == 0
 
 
-def refused(inputs, tmp_path, **changes):
-    code, _, err = finished(
-        start(settings(inputs, tmp_path / "out", **changes) | {"export_hf": False}, objective="dpo")
-    )
-    return code, err
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -298,7 +292,7 @@ def test_other_data_is_refused_by_name(inputs, tmp_path):
 
     talks = write_dataset(tmp_path / "talks", inputs["model"], rows=5)
     for rows, data, said in (
-        ("pairs", talks, "holds conversations, and this objective reads preference pairs"),
+        ("pairs", talks, "holds conversations, and this objective reads preferences: .*`temper train sft`"),
         ("conversations", inputs["data"], "holds preferences, .*`temper train dpo`"),
     ):
         config = TrainConfig.from_values(settings(inputs, tmp_path / "out", rows=rows, data=data))
@@ -319,25 +313,31 @@ def test_pairs_that_do_not_fit_are_left_out_whole_or_stop(inputs, tmp_path):
         find_data(config.data, find_model(config.model))
 
 
-@pytest.mark.parametrize("damage", ["bytes", "model"])
-def test_a_reference_of_another_model_is_not_taken(inputs, alone, tmp_path, damage):
-    cache = tmp_path / "inputs"
-    shutil.copytree(inputs["data"].parent, cache)
-    copied = inputs | {"data": cache / "data", "valid": cache / "valid"}
-    for path in cache.glob("*.reference-*"):
-        path.unlink()
-    line = settings(copied, tmp_path / "first", train_iters=1, warmup_iters=0)
-    run_cases(tmp_path / "world", 1, {"first": flags(**line)}, objective="dpo")
-    (path,) = cache.glob("data_text_document.reference-*")
-    values = load_file(path)
-    assert not np.isnan(values["log_probs"]).any() and (values["log_probs"] < 0).all()
-    if damage == "bytes":
-        path.write_bytes(path.read_bytes()[:100])
-    else:
-        save_file(values, path, {"model": "another", "data": "another"})
-    code, said = refused(copied, tmp_path, train_iters=1, warmup_iters=0)
-    assert code == 3 and path.name in said
-    assert ("is damaged" if damage == "bytes" else "the reference of another model or of other data") in said
+def test_the_reference_is_kept_beside_the_dataset_under_the_name_of_its_model(inputs, alone):
+    dataset = open_dataset(inputs["data"])
+    caches = sorted(inputs["data"].parent.glob(f"{dataset.path.name}.reference-*.safetensors"))
+    assert len(caches) == 1, "every run on one rank starts from the same model"
+    values = load_file(caches[0])["log_probs"]
+    assert len(values) == len(dataset) and not np.isnan(values).any() and (values < 0).all()
+
+
+def test_a_reference_of_another_model_is_not_taken(inputs, tmp_path):
+    for suffix in (".bin", ".idx", ".mask", ".json"):
+        shutil.copy(f"{inputs['data']}_text_document{suffix}", tmp_path)
+    dataset = open_dataset(tmp_path / "data")
+    cache, other = (Cache(dataset, model, elsewhere=tmp_path) for model in ("this", "another"))
+    assert cache.path != other.path and np.isnan(cache.read(120)).all()
+    values = -np.arange(120, dtype=np.float32)
+    cache.write(values)
+    assert cache.read(120).tolist() == values.tolist() and np.isnan(other.read(120)).all()
+    shutil.copy(cache.path, other.path)
+    with pytest.raises(DataError, match="the reference of another model or of other data; delete it"):
+        other.read(120)
+    with pytest.raises(DataError, match="the reference of another model or of other data; delete it"):
+        cache.read(119)
+    cache.path.write_bytes(cache.path.read_bytes()[:100])
+    with pytest.raises(DataError, match=r"is damaged \(.*delete it, and it is computed again"):
+        cache.read(120)
 
 
 def test_signals_say_what_goes_wrong_once():

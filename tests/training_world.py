@@ -16,6 +16,7 @@ from pathlib import Path
 from toolkits.cards.sample import (  # noqa: F401 - some are here for the tests
     VOCABULARY,
     write_dataset,
+    write_judged,
     write_pairs,
     write_tokenizer,
 )

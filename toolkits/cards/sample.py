@@ -3,6 +3,7 @@
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 VOCABULARY = 261  # odd: TP=2 pads it
 TEMPLATE = (
@@ -49,15 +50,36 @@ def write_dataset(prefix: Path, tokenizer: Path, *, rows: int, seed: int = 5) ->
 
 def write_pairs(prefix: Path, tokenizer: Path, *, rows: int, seed: int = 5) -> Path:
     """Build a dataset of preference pairs whose answers have very different lengths."""
+    rng = random.Random(seed)
+    pairs = [{"prompt": _question(rng, number), **_answers(rng)} for number in range(rows)]
+    return _built(prefix, tokenizer, pairs)
+
+
+def write_judged(prefix: Path, tokenizer: Path, *, rows: int, seed: int = 5) -> Path:
+    """Build a dataset of single answers, two of five of them good."""
+    rng = random.Random(seed)
+    judged = []
+    for number in range(rows):
+        good = number % 5 in (1, 2)
+        question, answer = _question(rng, number), _answers(rng)["chosen" if good else "rejected"]
+        judged.append({"prompt": question, "completion": answer, "label": good})
+    return _built(prefix, tokenizer, judged)
+
+
+def _question(rng: random.Random, number: int) -> str:
+    return f"{number} " + "".join(rng.choices("abcé", k=rng.randint(1, 12)))
+
+
+def _answers(rng: random.Random) -> dict[str, str]:
+    """Return a better answer with v in it and a worse one with w."""
+    letters = {"chosen": "v", "rejected": "w"}
+    return {key: "".join(rng.choices(f"xyz{one}", k=rng.randint(1, 25))) + one for key, one in letters.items()}
+
+
+def _built(prefix: Path, tokenizer: Path, rows: list[dict[str, Any]]) -> Path:
     from data_preprocessing.build import build
 
-    rng = random.Random(seed)
     source = prefix.with_suffix(".jsonl")
-    with open(source, "w", encoding="utf-8") as file:
-        for number in range(rows):
-            question = f"{number} " + "".join(rng.choices("abc é", k=rng.randint(1, 12)))
-            chosen, rejected = ("".join(rng.choices(letters, k=rng.randint(1, 25))) for letters in ("xyzv", "xyzw"))
-            row = {"prompt": question.strip(), "chosen": chosen + "v", "rejected": rejected + "w"}
-            print(json.dumps(row), file=file)
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     build(source, prefix, tokenizer=tokenizer)
     return prefix

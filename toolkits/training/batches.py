@@ -24,15 +24,18 @@ PAD_TOKEN = 0  # never trained on and never seen by a document, so any id does
 
 @dataclass(frozen=True)
 class Answers:
-    """The documents of a micro batch of pairs: better and worse in turn, pair after pair; all [n].
+    """The documents of a micro batch of answers; of pairs, better and worse in turn, pair after pair; all [n].
 
     `places` int64: which of the packed sequences each is. `numbers` int64: of the documents in their dataset.
     `reference` fp32: the log-probability of their trained tokens under the reference, 0 where nobody has asked it.
+    `good` fp32: 1 or 0, of single answers; `baseline` fp32 [], what these are held against.
     """
 
     places: torch.Tensor
     numbers: torch.Tensor
     reference: torch.Tensor
+    good: torch.Tensor
+    baseline: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,8 @@ class MicroBatch:
     """Rows laid end to end, in megatron-core's packed format.
 
     tokens, labels and positions are int64 [1, t], loss_mask fp32 [1, t]: 1 where the label is trained on.
-    Labels are shifted already: position i predicts labels[i]. `answers`: of rows of pairs.
+    Labels are shifted already: position i predicts labels[i]. `answers`: of rows of pairs or single answers;
+    `others`: the same prompts with answers to other prompts.
     """
 
     tokens: torch.Tensor
@@ -49,6 +53,7 @@ class MicroBatch:
     positions: torch.Tensor
     packed: PackedSeqParams
     answers: Answers | None = None
+    others: "MicroBatch | None" = None
 
     def cuda(self) -> "MicroBatch":
         """Return the batch with all its tensors on the GPU."""
@@ -56,8 +61,12 @@ class MicroBatch:
 
     def each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "MicroBatch":
         """Return the batch with `change` applied to each of its tensors."""
-        answers = None if self.answers is None else _changed(self.answers, change)
-        return replace(_changed(self, change), packed=_changed(self.packed, change), answers=answers)
+        return replace(
+            _changed(self, change),
+            packed=_changed(self.packed, change),
+            answers=self.answers and _changed(self.answers, change),
+            others=self.others and self.others.each(change),
+        )
 
 
 class Batches:
@@ -66,6 +75,7 @@ class Batches:
     def __init__(self, rows: Rows, batch: BatchSettings, layout: Layout, *, replica: int, seed: int) -> None:
         self.rows, self.batch, self.layout, self.replica, self.seed = rows, batch, layout, replica, seed
         self.row_length = rows.physical_length(layout)
+        self.others = Batches(rows.others, batch, layout, replica=replica, seed=seed) if rows.others else None
         self._orders: dict[tuple[int, int], np.ndarray] = {}
 
     def row_numbers(self, consumed: int) -> list[int]:
@@ -83,8 +93,11 @@ class Batches:
         """Yield this rank's micro batches of the rows `numbers`; None is an empty row."""
         micro, replicas = self.batch.micro_batch_size, self.layout.data
         for start in range(self.replica * micro, len(numbers), micro * replicas):
-            chosen = numbers[start : start + micro]
-            yield micro_batch(self.rows, chosen, length=self.row_length, multiple=self.layout.segment_multiple)
+            yield self._micro_batch(numbers[start : start + micro])
+
+    def _micro_batch(self, numbers: Sequence[int | None]) -> MicroBatch:
+        batch = micro_batch(self.rows, numbers, length=self.row_length, multiple=self.layout.segment_multiple)
+        return batch if self.others is None else replace(batch, others=self.others._micro_batch(numbers))
 
     def _row_at(self, place: int) -> int:
         part, index = self.rows.mix.at(place)
@@ -111,7 +124,7 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
     labels, positions = tokens.copy(), np.zeros_like(tokens)
     mask = np.zeros(len(tokens), dtype=np.float32)
     ends: list[int] = []
-    answers: list[tuple[int, int, float]] = []
+    answers: list[tuple[float, ...]] = []
     for place, number in enumerate(numbers):
         at = place * length
         part, segments = (rows.parts[0], []) if number is None else rows.segments(number)
@@ -122,22 +135,25 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
             predicting = slice(at, at + len(found) - 1)
             labels[predicting] = found[1:]
             mask[predicting] = 1 if part.every_token else part.dataset.mask(document)[start + 1 : start + count + 1]
-            if part.kind == "pairs":
-                answers.append((len(ends), document, 0.0 if part.reference is None else part.reference[document]))
+            if part.holds_answers:
+                answers.append((len(ends), *part.told_of(document)))
             ends.append(at := at + -(-count // multiple) * multiple)
         if at < (place + 1) * length:
             ends.append((place + 1) * length)
     lengths = np.diff([0, *ends])
     packed = packed_params(ends, longest=int(lengths.max()))
     tensors = [torch.from_numpy(array).unsqueeze(0) for array in (tokens, labels, mask, positions)]
-    told = _answers(answers) if rows.parts[0].kind == "pairs" else None
+    told = _answers(answers) if rows.parts[0].holds_answers else None
     return MicroBatch(*tensors, packed=packed, answers=told)  # type: ignore[misc]
 
 
-def _answers(told: Sequence[tuple[int, int, float]]) -> Answers:
-    places, numbers, reference = np.array(told, np.float64).reshape(-1, 3).T
-    whole = [torch.from_numpy(each.astype(np.int64)) for each in (places, numbers)]
-    return Answers(*whole, torch.from_numpy(reference.astype(np.float32)))
+def _answers(told: Sequence[tuple[float, ...]]) -> Answers:
+    places, numbers, reference, good = np.array(told, np.float64).reshape(-1, 4).T
+    whole, real = (
+        [torch.from_numpy(each.astype(kind)) for each in two]
+        for kind, two in ((np.int64, (places, numbers)), (np.float32, (reference, good)))
+    )
+    return Answers(*whole, *real)
 
 
 def _changed(value: T, change: Callable[[torch.Tensor], torch.Tensor]) -> T:

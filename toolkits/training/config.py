@@ -11,12 +11,14 @@ from .settings import (
     BatchSettings,
     ComputeSettings,
     DataSettings,
+    KtoSettings,
     LayoutSettings,
     LoraSettings,
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
     PreferenceSettings,
+    ReferenceSettings,
 )
 
 
@@ -30,7 +32,9 @@ class TrainConfig:
     batch: BatchSettings
     compute: ComputeSettings
     lora: LoraSettings
+    reference: ReferenceSettings
     preference: PreferenceSettings
+    kto: KtoSettings
     optimizer: OptimizerSettings
     output: OutputSettings
 
@@ -82,7 +86,8 @@ class TrainConfig:
                 f"--warmup-iters {optimizer.warmup_iters} leaves nothing of --train-iters {batch.train_iters}: "
                 "the warm-up is part of the training steps"
             )
-        found += self.data.problems() + self.lora.problems() + self.preference.problems(self.lora)
+        found += self.data.problems() + self.lora.problems()
+        found += self.reference.problems(self.lora) + self.preference.problems()
         if not self.output.name or "/" in self.output.name or self.output.name.startswith("."):
             found.append(f"--name {self.output.name!r} must be the name of one folder")
         if self.model.checkpoint == "none" and self.model.hf_config is None:

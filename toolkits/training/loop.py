@@ -29,6 +29,7 @@ from .parallel.context import share_of
 from .parallel.model import gather_weights, unwrapped
 from .parallel.world import context_rank, rank, speaks_for_its_tokens, sum_over_ranks
 from .prefetch import prefetched
+from .reference import with_baseline
 from .reporter import Reporter, StepFigures
 from .saving import Saver
 from .schedule import Pass
@@ -44,6 +45,7 @@ class Outcome:
     """
 
     sums: Mapping[str, float]
+    figures: Mapping[str, str]  # of the loss
     stop: bool
     written: bool
 
@@ -54,9 +56,8 @@ class Outcome:
 
     @property
     def more(self) -> dict[str, float]:
-        """The means of what the loss measures beside."""
-        fixed = ("loss", "count", "trained_tokens")
-        return {name: value / max(self.sums["count"], 1.0) for name, value in self.sums.items() if name not in fixed}
+        """The means of what the loss measures beside, where there is anything to mean over."""
+        return {name: self.sums[name] / self.sums[over] for name, over in self.figures.items() if self.sums[over]}
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,11 @@ class Training:
         """Whether --stop-after has passed."""
         minutes = self.config.output.stop_after
         return bool(minutes) and time.time() - self.began > 60 * minutes
+
+    @property
+    def work(self) -> Pass:
+        """How micro batches run."""
+        return Pass(self.chunks, self.layout)
 
     @property
     def state(self) -> RunState:
@@ -168,7 +174,7 @@ def train_step(run: Training, index: int, batches: Iterator[MicroBatch]) -> tupl
         chunk.zero_grad_buffer()
     run.optimizer.zero_grad()
     numbers = run.batches.row_numbers(run.consumed(index))
-    outcome = _forward_backward(run, _pass(run, run.batches), batches, forward_only=False)
+    outcome = _forward_backward(run, batches, forward_only=False)
     if not math.isfinite(outcome.loss):
         _not_finite("loss", outcome.loss, run, index)
     grad_norm = _optimizer_step(run, index) if math.isfinite(outcome.loss) else None
@@ -200,33 +206,32 @@ def _validate(run: Training, step: int) -> bool:
 def evaluate(run: Training) -> Outcome | None:
     """Return the figures of all validation rows; None when a rank was asked to stop on the way."""
     sums: dict[str, float] = {}
-    one, work = None, _pass(run, run.validation)
-    with work.evaluating():
+    one = None
+    with run.work.evaluating():
         for batches in run.validation.evaluation():
-            one = _forward_backward(run, work, _shares(run, batches), forward_only=True)
+            one = _forward_backward(run, _shares(run, batches), forward_only=True)
             sums = {name: sums.get(name, 0.0) + value for name, value in one.sums.items()}
             if one.stop:
                 break
     return None if one is None or one.stop else replace(one, sums=sums)
 
 
-def _pass(run: Training, batches: Batches) -> Pass:
-    return Pass(run.chunks, run.layout, run.config.batch.micro_batch_size * batches.row_length)
-
-
-def _forward_backward(run: Training, work: Pass, batches: Iterator[MicroBatch], *, forward_only: bool) -> Outcome:
+def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_only: bool) -> Outcome:
     """Run one global batch, forward only or backward too."""
     mine: Iterable[MicroBatch] = islice(batches, run.layout.micro_batches)
     if run.refer is not None:
-        mine = run.refer(work, list(mine))
-    results = work.run(run.loss, mine, forward_only=forward_only)
-    names = ("loss", "count", "trained_tokens", *run.loss.figures)
+        mine = run.refer(run.work, list(mine))
+    if run.loss.uses_others:
+        mine = with_baseline(run.work, list(mine))
+    results = run.work.run(run.loss, mine, forward_only=forward_only)
+    names = list(dict.fromkeys(("loss", "count", "trained_tokens", *run.loss.figures, *run.loss.figures.values())))
     said = [0.0] * len(names)
     if speaks_for_its_tokens():
         said = torch.stack([sum(result[name].double() for result in results) for name in names]).tolist()
     stop = stop_requested() or run.is_out_of_time
     *sums, stopping, written = sum_over_ranks([*said, float(stop), float(run.saver.is_written)])
-    return Outcome(dict(zip(names, sums, strict=True)), stopping > 0, written == run.layout.world)
+    written_by_all = written == run.layout.world
+    return Outcome(dict(zip(names, sums, strict=True)), run.loss.figures, stopping > 0, written_by_all)
 
 
 def _shares(run: Training, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:

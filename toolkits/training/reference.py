@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from megatron.core.distributed import DistributedDataParallel
 
 from data_preprocessing.blend import Mix
+from data_preprocessing.dataset import Dataset
 
 from ..foundation.errors import DataError, InterruptedRun
 from ..foundation.progress import Progress
@@ -23,7 +23,7 @@ from ..launch.rank import stop_requested
 from .adapters import adapters_off
 from .batches import Batches, MicroBatch
 from .config import TrainConfig
-from .layout import Layout
+from .mismatched import Mismatched
 from .parallel.context import share_of
 from .parallel.sequences import is_first_share, log_probs
 from .parallel.world import context_rank, gather, rank, speaks_for_its_tokens, sum_over_ranks
@@ -49,16 +49,49 @@ class Scores:
 
 def ask_base(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the micro batches with what the model without its adapters says of their answers."""
-    # Dropout is in the adapters alone, so the modules need not be told.
-    with adapters_off(work.chunks), torch.no_grad():
-        results = work.run(Scores(), batches, forward_only=True)
-    if not results:  # a pipeline stage without the output has no loss either
-        return list(batches)
-    asked = []
-    for batch, result in zip(batches, results, strict=True):
-        assert batch.answers is not None
-        asked.append(replace(batch, answers=replace(batch.answers, reference=result[KEY])))
-    return asked
+    with adapters_off(work.chunks):
+        asked = _asked(work, batches)
+        others = [batch.others for batch in batches if batch.others is not None]
+        if not others:
+            return asked
+        return [replace(batch, others=each) for batch, each in zip(asked, _asked(work, others), strict=True)]
+
+
+def with_baseline(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return the micro batches with how much more probable answers to other prompts are than under the reference.
+
+    That is the mean of the logarithm over the global batch, at least 0 (Ethayarajh et al., 2024, section 4.1).
+    """
+    others = [batch.others for batch in batches if batch.others is not None]
+    total = count = 0.0
+    for batch, sums in zip(others, _scores(work, others), strict=False):
+        if speaks_for_its_tokens() and is_first_share():
+            assert batch.answers is not None
+            total += float((sums - batch.answers.reference.to(sums.device)).sum())
+            count += len(sums)
+    total, count = sum_over_ranks([total, count])
+    baseline = torch.tensor(max(0.0, total / max(count, 1.0)), dtype=torch.float32)
+    return [
+        replace(batch, answers=batch.answers and replace(batch.answers, baseline=baseline.to(batch.tokens.device)))
+        for batch in batches
+    ]
+
+
+def _asked(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
+    """Return the micro batches with the model as their reference; a stage without the output needs none."""
+    scores = _scores(work, batches) or [None] * len(batches)
+    return [
+        batch
+        if sums is None or batch.answers is None
+        else replace(batch, answers=replace(batch.answers, reference=sums))
+        for batch, sums in zip(batches, scores, strict=True)
+    ]
+
+
+def _scores(work: Pass, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
+    """Return the log-probabilities of each micro batch's answers, fp32 [n]; nothing on a stage without the output."""
+    with work.evaluating():
+        return [result[KEY] for result in work.run(Scores(), batches, forward_only=True)]
 
 
 class Cache:
@@ -67,11 +100,13 @@ class Cache:
     Its name and its header say which model and which data it is of. NaN stands where nobody has asked yet.
     """
 
-    def __init__(self, dataset: Path, model: str, *, elsewhere: Path) -> None:
-        self.facts = {"model": model, "data": dataset_fingerprint(dataset)}
-        name = f"{dataset.name}.reference-{digest_of(self.facts)}.safetensors"
-        writable = os.access(dataset.parent, os.W_OK)
-        self.path = (dataset.parent if writable else elsewhere) / name
+    def __init__(self, dataset: Dataset | Mismatched, model: str, *, elsewhere: Path) -> None:
+        path = dataset.path
+        self.facts = {"model": model, "data": dataset_fingerprint(path)}
+        if isinstance(dataset, Mismatched):
+            self.facts["answers"] = dataset.digest
+        name = f"{path.name}.reference-{digest_of(self.facts)}.safetensors"
+        self.path = (path.parent if os.access(path.parent, os.W_OK) else elsewhere) / name
 
     def read(self, documents: int) -> np.ndarray:
         """Return the numbers, fp32 [documents]; raise DataError for a file that is not what its name says."""
@@ -102,61 +137,63 @@ class Referee:
 
     def __init__(self, data: DataSource, config: TrainConfig, source: ModelSource, reporter: Reporter) -> None:
         self._data, self._config, self._reporter = data, config, reporter
-        parts = [*data.training.parts, *data.validation.parts]
-        self._caches: dict[Path, Cache] = {}
+        self._parts = [
+            each
+            for rows in (data.training, data.validation)
+            for part in rows.parts
+            for each in (part, part.others)
+            if each is not None
+        ]
+        self._caches: dict[str, Cache] = {}
         if rank() == 0:
             model = reference_fingerprint(config, source)
-            folder = config.output.folder
-            self._caches = {part.dataset.path: Cache(part.dataset.path, model, elsewhere=folder) for part in parts}
-        sizes = {part.dataset.path: len(part.dataset) for part in parts}
-        known = {path: cache.read(sizes[path]) for path, cache in self._caches.items()}
-        self._values: dict[Path, np.ndarray] = gather(known)[0]
+            for part in self._parts:
+                self._caches[_key(part)] = Cache(part.dataset, model, elsewhere=config.output.folder)
+        sizes = {_key(part): len(part.dataset) for part in self._parts}
+        known = {key: cache.read(sizes[key]) for key, cache in self._caches.items()}
+        self._values: dict[str, np.ndarray] = gather(known)[0]
 
     @property
     def is_complete(self) -> bool:
         """Whether nothing has to be computed."""
         return not any(self._missing(part) for part in self._parts)
 
-    @property
-    def _parts(self) -> tuple[SetRows, ...]:
-        return (*self._data.training.parts, *self._data.validation.parts)
-
-    def data(self, chunks: Sequence[DistributedDataParallel], layout: Layout, replica: int) -> DataSource:
-        """Return the data with the reference; `chunks` are the model that training starts from, on all ranks."""
-        missing = {number: rows for number, part in enumerate(self._parts) if (rows := self._missing(part))}
-        for number, rows in missing.items():
-            self._compute(self._parts[number], rows, Pass(chunks, layout, 0), replica)
-        if missing:
-            for path, cache in self._caches.items():
-                self._reporter.say(f"the reference of {path}: {cache.path}")
-        told = [
-            replace(rows, parts=tuple(replace(part, reference=self._values[part.dataset.path]) for part in rows.parts))
+    def data(self, work: Pass, replica: int) -> DataSource:
+        """Return the data with the reference; `work` runs the model that training starts from, on all ranks."""
+        missing = [(part, rows) for part in self._parts if (rows := self._missing(part))]
+        for part, rows in missing:
+            self._compute(part, rows, work, replica)
+        for key in dict.fromkeys(_key(part) for part, _ in missing if self._caches):
+            self._reporter.say(f"log-probabilities of the reference: {self._caches[key].path}")
+        training, validation = (
+            replace(rows, parts=tuple(self._told(part) for part in rows.parts))
             for rows in (self._data.training, self._data.validation)
-        ]
-        return replace(self._data, training=told[0], validation=told[1])
+        )
+        return replace(self._data, training=training, validation=validation)
+
+    def _told(self, part: SetRows) -> SetRows:
+        return replace(part, reference=self._values[_key(part)], others=part.others and self._told(part.others))
 
     def _missing(self, part: SetRows) -> list[int]:
         """Return the rows with an answer that the reference was not asked about."""
-        unknown = np.isnan(self._values[part.dataset.path][part.documents])
+        unknown = np.isnan(self._values[_key(part)][part.documents])
         if not unknown.any():
             return []
         rows = np.searchsorted(part.borders, part.ends[unknown], side="left") - 1
         return np.unique(rows).tolist()  # type: ignore[no-any-return]
 
     def _compute(self, part: SetRows, rows: list[int], work: Pass, replica: int) -> None:
-        path, size = part.dataset.path, self._config.batch.global_batch_size
-        batches = Batches(
-            Rows((part,), Mix([1])), self._config.batch, work.layout, replica=replica, seed=self._config.data.seed
-        )
-        work = replace(work, tokens=self._config.batch.micro_batch_size * batches.row_length)
+        batch, seed = self._config.batch, self._config.data.seed
+        alone = Rows((replace(part, others=None),), Mix([1]))
+        batches, size = Batches(alone, batch, work.layout, replica=replica, seed=seed), batch.global_batch_size
         found: list[tuple[np.ndarray, np.ndarray]] = []
         stopped = False
         with work.evaluating(), self._progress(len(rows)) as progress:
             for start in range(0, len(rows), size):
                 numbers = [*rows[start : start + size], *[None] * max(0, start + size - len(rows))]
                 mine = (
-                    share_of(batch, rank=context_rank(), size=work.layout.context)
-                    for batch in batches.micro_batches(numbers)
+                    share_of(each, rank=context_rank(), size=work.layout.context)
+                    for each in batches.micro_batches(numbers)
                 )
                 results = work.run(Scores(), mine, forward_only=True)
                 if speaks_for_its_tokens() and is_first_share():
@@ -165,12 +202,19 @@ class Referee:
                     progress.advance(min(size, len(rows) - start))
                 if stopped := bool(sum_over_ranks([float(stop_requested())])[0]):
                     break
+        key = _key(part)
         for documents, values in (each for told in gather(found) for each in told):
-            self._values[path][documents] = values
-        if path in self._caches:
-            self._caches[path].write(self._values[path])
+            self._values[key][documents] = values
+        if key in self._caches:
+            self._caches[key].write(self._values[key])
         if stopped:
             raise InterruptedRun("stopped while the reference was computed; the same line goes on with it")
 
     def _progress(self, rows: int) -> contextlib.AbstractContextManager[Progress | None]:
         return Progress("reference", rows, unit="rows") if rank() == 0 else contextlib.nullcontext()
+
+
+def _key(part: SetRows) -> str:
+    """Name the documents of a part: two parts of one dataset share what is known of them."""
+    dataset = part.dataset
+    return f"{dataset.path} {dataset.digest if isinstance(dataset, Mismatched) else ''}"

@@ -8,23 +8,25 @@ for --rows documents. Memory is a few numbers for each document.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from data_preprocessing.blend import Mix
-from data_preprocessing.dataset import Dataset
+from data_preprocessing.dataset import Dataset, IndexedDataset
 from data_preprocessing.fitting import fit
 from data_preprocessing.packing import one_per_row, pack
 
 from ..foundation.errors import DataError
 from .layout import Layout
+from .mismatched import Mismatched
 from .settings import DataSettings, RowKind
 
 HELD_OUT = 0.01  # part of the training data that validates when there is no validation set
-UNITS: dict[RowKind, int] = {"conversations": 1, "documents": 1, "pairs": 2}  # documents that are never parted
+# Documents that are never parted.
+UNITS: dict[RowKind, int] = {"conversations": 1, "documents": 1, "pairs": 2, "answers": 1}
 MANY_EPOCHS = 4  # of the same documents: more teach little (Muennighoff et al., 2023, arXiv 2305.16264)
 
 
@@ -95,17 +97,20 @@ class SetRows:
     """Rows of one dataset, of `row_tokens` tokens at most.
 
     `documents` [n] lie end to end, `ends` int64 [n] says where each of them ends; `borders` int64 [rows + 1]
-    where each row begins, and where the last one ends. `kind` is --rows. `reference` fp32 [documents of the dataset]:
-    the log-probability of the trained tokens of each that is used, under the reference.
+    where each row begins, and where the last one ends. `kind` is --rows. Of answers, by their number in the dataset:
+    `reference` fp32, the log-probability of the trained tokens under the reference, and `good` bool; `others` are the
+    same rows with answers to other prompts.
     """
 
-    dataset: Dataset
+    dataset: Dataset | Mismatched
     documents: np.ndarray
     ends: np.ndarray
     borders: np.ndarray
     row_tokens: int
     kind: RowKind = "conversations"
     reference: np.ndarray | None = None
+    good: np.ndarray | None = None
+    others: "SetRows | None" = None
 
     def __len__(self) -> int:
         return len(self.borders) - 1
@@ -114,6 +119,16 @@ class SetRows:
     def every_token(self) -> bool:
         """Whether the dataset's loss mask is not asked."""
         return self.kind == "documents"
+
+    @property
+    def holds_answers(self) -> bool:
+        """Whether documents are answers that are compared."""
+        return self.kind in ("pairs", "answers")
+
+    def told_of(self, document: int) -> tuple[float, float, float]:
+        """Return an answer's number, its log-probability under the reference and whether it is good, 0 if not known."""
+        reference, good = (0.0 if of is None else float(of[document]) for of in (self.reference, self.good))
+        return document, reference, good
 
     @property
     def num_tokens(self) -> int:
@@ -158,7 +173,23 @@ def make_rows(selection: Selection, settings: DataSettings) -> SetRows:
         order, bounds = (pack if settings.packing else one_per_row)(sizes, room)
         borders = np.append(0, np.cumsum(sizes[order], dtype=np.int64))[bounds]
     ends = np.cumsum(selection.lengths[order].ravel(), dtype=np.int64)
-    return SetRows(selection.dataset, selection.documents[order].ravel(), ends, borders, room, settings.rows)
+    rows = SetRows(selection.dataset, selection.documents[order].ravel(), ends, borders, room, settings.rows)
+    return _judged(rows) if settings.rows == "answers" else rows
+
+
+def _judged(rows: SetRows) -> SetRows:
+    """Return rows of answers with what is said of them, and with the answers to other prompts beside them."""
+    dataset, documents = rows.dataset, rows.documents
+    assert isinstance(dataset, IndexedDataset)
+    partners = np.full(len(dataset), -1, np.int64)
+    partners[documents] = np.roll(documents, 1)  # mostly of the same row
+    mismatched = Mismatched(dataset, partners)
+    bounds = np.append(0, np.searchsorted(rows.ends, rows.borders[1:]) + 1)  # documents of each row
+    ends = np.cumsum(mismatched.lengths(documents), dtype=np.int64)
+    borders = np.append(0, ends)[bounds]
+    longest = int(np.diff(borders).max())
+    others = SetRows(mismatched, documents, ends, borders, longest, rows.kind)
+    return replace(rows, good=dataset.labels(), others=others)
 
 
 @dataclass(frozen=True)
@@ -170,6 +201,13 @@ class Rows:
 
     def __len__(self) -> int:
         return sum(map(len, self.parts))
+
+    @property
+    def others(self) -> "Rows | None":
+        """The same rows with answers to other prompts, where there are any."""
+        if self.parts[0].others is None:
+            return None
+        return Rows(tuple(part.others for part in self.parts if part.others is not None), self.mix)
 
     @cached_property
     def first_rows(self) -> np.ndarray:

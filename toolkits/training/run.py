@@ -38,6 +38,7 @@ from .reference import Referee, ask_base
 from .reporter import Reporter, StepFigures, peak_memory
 from .run_folder import claimed, data_digest
 from .saving import Saver
+from .schedule import Pass
 from .signals import Signals
 from .sources import DataSource, ModelSource, find_data, find_model
 from .watch import Watch, trackers_of, watched
@@ -195,9 +196,8 @@ def _set_up(
     _require_space(plan)
     loss, data = objective.loss(config), plan.data
     reporter.unit = loss.unit
-    refers = "preference" in objective.groups and config.preference.uses_reference
     referee = None
-    if refers and config.preference.reference == "cached":
+    if loss.uses_reference and config.reference.reference == "cached":
         referee = Referee(data, config, plan.source, reporter)
     chunks = _model(plan, as_it_starts=resumed is None or (referee is not None and not referee.is_complete))
     wrapped = wrap(
@@ -207,7 +207,7 @@ def _set_up(
     )
     replica, seed = parallel_state.get_data_parallel_rank(), config.data.seed
     if referee is not None:
-        data = referee.data(wrapped, layout, replica)
+        data = referee.data(Pass(wrapped, layout), replica)
     optimizer = build_optimizer(config, wrapped, offload=plan.offload)
     if resumed is not None:
         load_step(resumed, RunState(chunks, optimizer, layout, precision, sharding))
@@ -225,7 +225,7 @@ def _set_up(
         saver=Saver(plan.folder, config.output.keep_last, say=reporter.say, saved=reporter.saved),
         start=start,
         signals=Signals(config.preference.stop_separated),
-        refer=ask_base if refers and referee is None else None,
+        refer=ask_base if loss.uses_reference and referee is None else None,
         complete=partial(write_peft, plan.lora, plan.source, DTYPES[precision]) if plan.lora is not None else None,
     )
 

@@ -33,7 +33,7 @@ from .sources import ModelSource
 
 FINGERPRINT = "fingerprint.json"
 HEAD = 1 << 16  # bytes of tokens that tell a dataset without a manifest from another
-OF_SOME = ("adapter", "preference")  # what not every run has
+OF_SOME = ("adapter", "beta", "preference", "kto")  # what not every run has
 OF_DATA = ("data", "validation data", "rows", "seq_len", "packing", "too_long")  # what --data-restart lets change
 
 
@@ -54,7 +54,7 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "too_long": data.too_long,
             "seed": data.seed,
             **({"adapter": adapter_fingerprint(config.lora)} if config.lora.is_used else {}),
-            **({"preference": asdict(config.preference)} if data.rows == "pairs" else {}),
+            **(_of_answers(config) if data.rows in ("pairs", "answers") else {}),
         },
         "schedule": {
             **asdict(config.optimizer),
@@ -63,6 +63,12 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "global_batch_size": config.batch.global_batch_size,
         },
     }
+
+
+def _of_answers(config: TrainConfig) -> dict[str, Any]:
+    """Return what is learned of answers; when to stop may change."""
+    learned = {name: value for name, value in asdict(config.preference).items() if name != "stop_separated"}
+    return {"beta": config.reference.beta, "preference": learned, "kto": asdict(config.kto)}
 
 
 def adapter_fingerprint(lora: LoraSettings) -> dict[str, Any]:

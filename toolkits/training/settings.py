@@ -16,7 +16,7 @@ from ..foundation.errors import UsageError
 
 Precision = Literal["bf16", "fp16", "fp32", "fp8"]
 Recompute = Literal["none", "full", "selective", "offload"]
-RowKind = Literal["conversations", "documents", "pairs"]
+RowKind = Literal["conversations", "documents", "pairs", "answers"]
 TooLong = Literal["truncate", "drop", "stop"]
 Tracker = Literal["none", "wandb", "mlflow"]
 Quantize = Literal["none", "nf4", "int8"]
@@ -58,7 +58,8 @@ class DataSettings:
     rows: RowKind = setting(
         "conversations: whole ones, and what the assistant wrote is trained. documents: texts end to end, cut every"
         " --seq-len tokens, and every token is trained, the prompts of conversations too. pairs: a better and a worse"
-        " answer to one prompt, each with the prompt at most --seq-len tokens; a row has room for two of them.",
+        " answer to one prompt, each with the prompt at most --seq-len tokens; a row has room for two of them. answers:"
+        " single ones that are good, or are not.",
         "conversations",
     )
     packing: bool = setting("Fill rows with whole conversations; off: one conversation a row.", True)
@@ -213,12 +214,35 @@ class LoraSettings:
 
 
 @dataclass(frozen=True)
-class PreferenceSettings:
-    """What is learned from pairs of a better and a worse answer."""
+class ReferenceSettings:
+    """The model that answers are held to while preferences are learned: the one that training starts from."""
 
     beta: float = setting(
         "How strongly answers are held to the reference; for orpo the weight of the odds ratio, above 0.", 0.1
     )
+    reference: Reference = setting(
+        "cached: the reference's log-probabilities, computed once and kept beside the dataset. adapters-off: those of"
+        " the base at every step, by switching the adapters off.",
+        "cached",
+    )
+
+    def problems(self, lora: LoraSettings) -> list[str]:
+        """Return what does not fit together."""
+        found = [] if 0 < self.beta < math.inf else [f"--beta {self.beta:g} must be above 0"]
+        if self.reference == "adapters-off" and not lora.is_used:
+            found.append("--reference adapters-off needs adapters (--lora-rank): without them use cached")
+        elif self.reference == "adapters-off" and (lora.adapter is not None or lora.lora_save_modules):
+            found.append(
+                "--reference adapters-off gives the base, which --adapter and --lora-save-modules do not start from or "
+                "do not keep: use cached"
+            )
+        return found
+
+
+@dataclass(frozen=True)
+class PreferenceSettings:
+    """What is learned from pairs of a better and a worse answer."""
+
     preference_loss: PreferenceLoss = setting(
         "sigmoid (DPO; cDPO with --label-smoothing), hinge (SLiC), ipo, robust (needs --label-smoothing); simpo and"
         " orpo use no reference.",
@@ -234,11 +258,6 @@ class PreferenceSettings:
     sft_weight: float = setting(
         "Weight of the mean negative log-probability of the better answer's tokens (RPO).", 0.0, at_least=0
     )
-    reference: Reference = setting(
-        "cached: the log-probabilities of the model that training starts from, computed once and kept beside the"
-        " dataset. adapters-off: from the base at every step, by switching the adapters off.",
-        "cached",
-    )
     stop_separated: int = setting(
         "End training after so many steps in a row whose pairs are all told apart by a growing margin; 0: never.",
         0,
@@ -250,11 +269,9 @@ class PreferenceSettings:
         """Whether the loss compares with a reference."""
         return self.preference_loss not in REFERENCE_FREE
 
-    def problems(self, lora: LoraSettings) -> list[str]:
+    def problems(self) -> list[str]:
         """Return what does not fit together."""
         found, loss = [], self.preference_loss
-        if not 0 < self.beta < math.inf:
-            found.append(f"--beta {self.beta:g} must be above 0")
         if self.label_smoothing and loss not in ("sigmoid", "robust"):
             found.append(f"--label-smoothing is for sigmoid and robust, not for --preference-loss {loss}")
         if loss == "robust" and not self.label_smoothing:
@@ -263,15 +280,15 @@ class PreferenceSettings:
             found.append(f"--length-normalized is for sigmoid and hinge: {loss} always is")
         if self.sft_weight and loss == "orpo":
             found.append("--sft-weight: orpo has that term already")
-        if self.reference == "adapters-off" and self.uses_reference:
-            if not lora.is_used:
-                found.append("--reference adapters-off needs adapters (--lora-rank): without them use cached")
-            elif lora.adapter is not None or lora.lora_save_modules:
-                found.append(
-                    "--reference adapters-off gives the base, which --adapter and --lora-save-modules do not start"
-                    " from or do not keep: use cached"
-                )
         return found
+
+
+@dataclass(frozen=True)
+class KtoSettings:
+    """What is learned from single answers that are good, or are not."""
+
+    desirable_weight: float = setting("Weight of the good answers.", 1.0, at_least=0)
+    undesirable_weight: float = setting("Weight of the others.", 1.0, at_least=0)
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,8 @@ from ..foundation.errors import CheckpointError, DataError, UsageError, raise_al
 from .rows import Rows, Selection, make_rows, select
 from .settings import DataSettings, ModelSettings
 
+TRAINS_ON = {"preferences": "dpo", "labelled": "kto"}  # the word of `temper train` for a kind of dataset
+
 
 @dataclass(frozen=True)
 class ModelSource:
@@ -140,18 +142,20 @@ def _rows(chosen: Sequence[Selection], data: DataSettings, weights: Sequence[int
 
 
 def _require_kind(dataset: Dataset, data: DataSettings) -> None:
-    if data.rows == "pairs" and dataset.kind != "preferences":
+    wanted = {"pairs": "preferences", "answers": "labelled"}.get(data.rows)
+    if wanted is not None and dataset.kind != wanted:
+        needed = {"pairs": "chosen and rejected answers", "answers": "an answer and its label"}[data.rows]
         raise DataError(
-            f"{dataset.path} holds {dataset.kind}{_taken(dataset)}, and this objective reads preference pairs; build "
-            "it from rows with chosen and rejected answers, or fine-tune on it with `temper train sft`"
+            f"{dataset.path} holds {dataset.kind}{_taken(dataset)}, and this objective reads {wanted}: build it from "
+            f"rows with {needed}, or train on it with `temper train {TRAINS_ON.get(dataset.kind, 'sft')}`"
         )
-    if data.rows == "pairs":
+    if wanted is not None:
         return
     if dataset.kind not in ("conversations", "text"):
         raise DataError(
             f"{dataset.path} holds {dataset.kind}, and this objective reads conversations or plain text; build it "
             "again from rows with an answer, and without chosen, rejected and label"
-            + (", or train on it with `temper train dpo`" if dataset.kind == "preferences" else "")
+            + (f", or train on it with `temper train {TRAINS_ON[dataset.kind]}`" if dataset.kind in TRAINS_ON else "")
         )
     if dataset.kind == "text" and data.rows == "conversations":
         raise DataError(

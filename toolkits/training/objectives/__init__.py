@@ -5,6 +5,7 @@ what they are divided by. The step divides the sums of the whole global batch.
 """
 
 import importlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -18,16 +19,22 @@ if TYPE_CHECKING:
 
 
 class Loss(Protocol):
-    """A loss: `unit` is what its mean is over, `figures` the names of the means that it gives beside."""
+    """A loss: `unit` is what its mean is over.
+
+    `figures` are the means that it gives beside, with the name of the sum that each is divided by. `uses_reference`:
+    it asks what a reference says of the answers. `uses_others`: and what the model says of other prompts' answers.
+    """
 
     unit: str
-    figures: tuple[str, ...]
+    figures: Mapping[str, str]
+    uses_reference: bool
+    uses_others: bool
 
     def __call__(self, output: "torch.Tensor", /, *, batch: "MicroBatch") -> "LossResult":
         """Return the summed loss, the number of units (int), and detached sums by name.
 
-        These are `loss`, `count` (the units), `trained_tokens` and the `figures`; their sum over all ranks that
-        speak for their tokens is that of the global batch.
+        These are `loss`, `count` (the units), `trained_tokens`, the `figures` and what they are divided by; their sum
+        over all ranks that speak for their tokens is that of the global batch.
         """
 
 
@@ -59,7 +66,15 @@ OBJECTIVES = {
             "Learn from pairs of a better and a worse answer: DPO, IPO, SimPO, ORPO and others.",
             "preference",
             "pairs",
-            ("preference",),
+            ("reference", "preference"),
+        ),
+        Objective(
+            "kto",
+            "kto",
+            "Learn from single answers that are good, or are not: KTO.",
+            "kto",
+            "answers",
+            ("reference", "kto"),
         ),
     )
 }

@@ -1,5 +1,7 @@
 """Cross entropy of the trained tokens, summed."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,7 +22,8 @@ class CrossEntropy:
     """The mean over the trained tokens."""
 
     unit: str = "trained token"
-    figures: tuple[str, ...] = ()
+    figures: Mapping[str, str] = MappingProxyType({})
+    uses_reference = uses_others = False
 
     def __call__(self, losses: torch.Tensor, *, batch: MicroBatch) -> "LossResult":
         """Return the sum of `losses` [1, t] where the batch's loss mask is 1, and how many those are."""

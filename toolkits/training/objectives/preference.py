@@ -44,10 +44,10 @@ class Side:
 
 def make(config: TrainConfig) -> "Preference":
     """Return the loss for the settings of a run."""
-    return Preference(config.preference)
+    return Preference(config.preference, config.reference.beta)
 
 
-def pair_losses(chosen: Side, rejected: Side, settings: PreferenceSettings) -> torch.Tensor:
+def pair_losses(chosen: Side, rejected: Side, settings: PreferenceSettings, beta: float) -> torch.Tensor:
     """Return the loss of each pair, fp32 [pairs].
 
     With d the difference of `score` between the two answers, e the label smoothing and s the logistic function:
@@ -64,7 +64,7 @@ def pair_losses(chosen: Side, rejected: Side, settings: PreferenceSettings) -> t
 
     --sft-weight adds the chosen answer's negative log-probability a token (RPO; Pang et al., 2024, arXiv 2404.19733).
     """
-    beta, smoothing, name = settings.beta, settings.label_smoothing, settings.preference_loss
+    smoothing, name = settings.label_smoothing, settings.preference_loss
     difference = score(chosen, settings) - score(rejected, settings)
     right, wrong = -logsigmoid(beta * difference), -logsigmoid(-beta * difference)
     if name == "sigmoid":
@@ -106,13 +106,14 @@ class Preference:
     """
 
     unit = "pair"
+    uses_others = False
 
-    def __init__(self, settings: PreferenceSettings) -> None:
-        self.settings = settings
-        self.figures: tuple[str, ...] = ("accuracy", "margin", "rewards/chosen", "rewards/rejected", "log_probs/chosen")
-        self.figures += ("log_probs/rejected", "length_difference")
-        if settings.uses_reference:
-            self.figures += ("kl", "falling")
+    def __init__(self, settings: PreferenceSettings, beta: float) -> None:
+        self.settings, self.beta = settings, beta
+        self.uses_reference = settings.uses_reference
+        names = ["accuracy", "margin", "rewards/chosen", "rewards/rejected", "log_probs/chosen", "log_probs/rejected"]
+        names += ["length_difference", *(["kl", "falling"] if self.uses_reference else [])]
+        self.figures = dict.fromkeys(names, "count")
 
     def __call__(self, losses: torch.Tensor, *, batch: MicroBatch) -> "LossResult":
         """Return the summed loss of the pairs in a micro batch, given the cross entropy [1, t] of its tokens."""
@@ -121,7 +122,7 @@ class Preference:
         # Better and worse in turn.
         each = (sums, batch.answers.reference, tokens)
         chosen, rejected = (Side(*(value.view(-1, 2)[:, side] for value in each)) for side in (0, 1))
-        total = pair_losses(chosen, rejected, self.settings).sum()
+        total = pair_losses(chosen, rejected, self.settings, self.beta).sum()
         # Ranks that share a row's tokens all know its pairs: one counts them.
         counts = int(is_first_share())
         pairs = torch.full((), len(chosen.tokens) * counts, dtype=torch.int, device=losses.device)
@@ -132,8 +133,7 @@ class Preference:
 
     def _figures(self, chosen: Side, rejected: Side) -> dict[str, torch.Tensor]:
         """Return the figures of each pair [pairs] by name."""
-        beta = self.settings.beta
-        rewards = [beta * (side.ratio if self.settings.uses_reference else side.mean) for side in (chosen, rejected)]
+        rewards = [self.beta * (side.ratio if self.uses_reference else side.mean) for side in (chosen, rejected)]
         figures = {
             "accuracy": (rewards[0] > rewards[1]).float(),
             "margin": rewards[0] - rewards[1],
@@ -143,7 +143,7 @@ class Preference:
             "log_probs/rejected": rejected.log_prob,
             "length_difference": chosen.tokens - rejected.tokens,
         }
-        if self.settings.uses_reference:
+        if self.uses_reference:
             figures["kl"] = (chosen.ratio + rejected.ratio) / (chosen.tokens + rejected.tokens)
             figures["falling"] = (chosen.ratio < 0).float()
         return figures

@@ -50,6 +50,7 @@ def share_of(batch: MicroBatch, *, rank: int, size: int) -> MicroBatch:
     return replace(
         batch,
         **{name: getattr(batch, name)[:, index] for name in ("tokens", "labels", "loss_mask", "positions")},
+        others=batch.others and share_of(batch.others, rank=rank, size=size),
         packed=PackedShare(
             **whole,
             query_bounds=_bounds(pieces),

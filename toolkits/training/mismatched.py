@@ -1,0 +1,63 @@
+"""Prompts with the answers of other prompts: what KTO measures the model's distance from its reference on."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from data_preprocessing.dataset import Dataset
+
+
+@dataclass(frozen=True)
+class Mismatched:
+    """A dataset whose documents have the prompts of another's, and answers that those gave to other prompts.
+
+    `partners` int64 [documents]: whose answer each one gets; -1 where it is not used.
+    """
+
+    dataset: Dataset
+    partners: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.partners)
+
+    @property
+    def path(self) -> Path:
+        """Of the dataset that it is made of."""
+        return self.dataset.path
+
+    @cached_property
+    def digest(self) -> str:
+        """What tells these answers from others."""
+        return hashlib.sha256(self.partners.tobytes()).hexdigest()[:16]
+
+    @cached_property
+    def bounds(self) -> np.ndarray:
+        """Where the answer of each document begins and ends in it, int64 [documents, 2]; 0 where it is not used."""
+        found = np.zeros((len(self), 2), np.int64)
+        for document in np.flatnonzero(self.partners >= 0).tolist():
+            trained = np.flatnonzero(self.dataset.mask(document))
+            found[document] = trained[0], trained[-1] + 1
+        return found
+
+    def lengths(self, documents: np.ndarray) -> np.ndarray:
+        """Return how many tokens some documents have."""
+        answers = self.bounds[self.partners[documents]]
+        return self.bounds[documents, 0] + answers[:, 1] - answers[:, 0]
+
+    def tokens(self, document: int) -> np.ndarray:
+        """Return the document's tokens."""
+        return self._joined(self.dataset.tokens(document), self.dataset.tokens(self._partner(document)), document)
+
+    def mask(self, document: int) -> np.ndarray:
+        """Return which of them are the answer."""
+        return self._joined(self.dataset.mask(document), self.dataset.mask(self._partner(document)), document)
+
+    def _partner(self, document: int) -> int:
+        return int(self.partners[document])
+
+    def _joined(self, prompt: np.ndarray, answer: np.ndarray, document: int) -> np.ndarray:
+        begin, end = self.bounds[self._partner(document)]
+        return np.concatenate([prompt[: self.bounds[document, 0]], answer[begin:end]])
