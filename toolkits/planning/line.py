@@ -84,6 +84,7 @@ def _words(config: TrainConfig, layout: Layout, *, plan: Plan, checkpoint: str) 
         "TRAIN_TOKENS_OR_ITERS": TRAIN_ITERS,
         "WARMUP_TOKENS_OR_ITERS": WARMUP_ITERS,
         "OUTPUT_BASEPATH": OUT,
+        "BETA": _short(said["beta"]),
     }
 
 
