@@ -7,7 +7,6 @@ row stops the build, or is written down. The result depends neither on the size 
 nor on the number of processes, nor on how often the build was killed and started again.
 """
 
-import ctypes
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +30,6 @@ from .writer import DatasetWriter, toolkit_version
 __all__ = ["BuildOptions", "build"]
 
 SMALL = 4_000_000  # bytes of input below which tokenizers is done before fastokens is built
-M_MMAP_THRESHOLD, M_ARENA_MAX = -3, -8  # of glibc's malloc.h
 SPEED_ONLY = ("encoder", "workers", "chunk_rows", "save_seconds")  # options that never change the result
 
 
@@ -72,7 +70,6 @@ def build(
     PREFIX.rejects.jsonl when `options` skip them. A build that was killed goes on where it was. Raises DataError for
     bad input, UsageError when the dataset exists or another process is building it.
     """
-    return_memory_early()
     sources = find_inputs([input] if isinstance(input, str | Path) else input)
     options, tokenizer, target = options or BuildOptions(), Path(tokenizer), document_prefix(Path(prefix))
     report = ReadReport()
@@ -173,17 +170,6 @@ def _refuse_all(sources: Sequence[Path], target: Path, rows: Iterator[Row], opti
                 rejects.add(row, error)
         rejects.check(count, options.max_bad)
     raise AssertionError("a good row was there after all")
-
-
-def return_memory_early() -> None:
-    """Have glibc give large arrays back as soon as they are freed, and keep one heap for all threads.
-
-    Left alone it keeps what the largest chunk took, once for each thread: a quarter of a build's memory.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # musl has none
-    if mallopt is not None:
-        mallopt(M_MMAP_THRESHOLD, 1 << 18)
-        mallopt(M_ARENA_MAX, 1)
 
 
 def _job(sources: Sequence[Path], work: ChunkWork) -> dict[str, Any] | None:

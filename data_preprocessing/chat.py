@@ -77,16 +77,14 @@ class ChatEncoder:
 
     def render_plain(self, turns: PlainTurns) -> Rendered | None:
         """Return what `render` would of a conversation of plain turns; None where it must be asked."""
-        if turns.roles not in self._shapes_by_roles:
-            if len(self._shapes_by_roles) == MAX_SHAPES:
-                return None
-            said = zip(turns.roles, turns.contents, strict=True)
-            messages = [Message(role, content) for role, content in said]
-            self._shapes_by_roles[turns.roles] = self._shape(messages, None) if self.template.copies_contents else None
-        shape = self._shapes_by_roles[turns.roles]
-        if shape is None or self._control.is_in(turns.contents):
+        _, roles, contents, sizes = turns
+        try:
+            shape = self._shapes_by_roles[roles]
+        except KeyError:
+            shape = self._shape_by_roles(roles, contents)
+        if shape is None or self._control.is_in(contents):
             return None
-        return shape.fill(turns.contents, 0, turns.sizes)
+        return shape.fill(contents, 0, sizes)
 
     def render_prompt(self, conversation: Conversation) -> Rendered:
         """Return the text in front of the answer that the conversation waits for, of which nothing is trained."""
@@ -104,6 +102,15 @@ class ChatEncoder:
         source = self.template.source
         template = {"source": source.origin, "sha256": source.sha256}
         return {"kind": "conversations", "chat_template": template, "train_on": self.train_on}
+
+    def _shape_by_roles(self, roles: tuple[str, ...], contents: Sequence[str]) -> Shape | None:
+        """Return the shape of conversations of plain turns with these roles, and remember it."""
+        if len(self._shapes_by_roles) == MAX_SHAPES:
+            return None
+        messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]
+        shape = self._shape(messages, None) if self.template.copies_contents else None
+        self._shapes_by_roles[roles] = shape
+        return shape
 
     def _shape(self, messages: Sequence[Message], trained: Sequence[bool] | None) -> Shape | None:
         """Return the shape of such conversations; None where they must be rendered one by one."""

@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple
 
 from .masks import Span
@@ -60,11 +61,12 @@ class Shape:
         parts[1::2] = filled
         text = "".join(parts)
         spans = _placed(self.spans, map(len, filled))
-        if sizes is None or text.isascii():
+        if sizes is None:
             return Rendered(text, spans, self.num_control_tokens, num_control_texts)
         if not whole:
             sizes = [len(content.encode()) for content in filled]
-        in_bytes = (self._literal_bytes + sum(sizes), _placed(self._byte_spans, sizes))
+        byte_spans = spans if text.isascii() else _placed(self._byte_spans, sizes)
+        in_bytes = (self._literal_bytes + sum(sizes), byte_spans)
         return Rendered(text, spans, self.num_control_tokens, num_control_texts, in_bytes)
 
     @cached_property
@@ -94,10 +96,7 @@ class Shape:
 
 def _placed(spans: Sequence[Edges], lengths: Iterable[int]) -> list[Span]:
     """Return the spans of a text whose slots are filled with contents of these lengths."""
-    total, before = 0, [0]
-    for length in lengths:
-        total += length
-        before.append(total)
+    before = [0, *accumulate(lengths)]
     return [(start + before[slots], end + before[past]) for (start, slots), (end, past) in spans]
 
 

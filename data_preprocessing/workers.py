@@ -2,27 +2,16 @@
 
 import os
 import signal
-import sys
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import TypeVar
 
 from toolkits.foundation.errors import DataError, TemperError, describe
 
 from .chunks import BuildOptions, Chunk, ChunkWork, Finished
 from .dataset import Kind
-
-AHEAD = 3  # chunks that wait for the encoder
-# Seconds for which Python keeps other threads waiting. The encoder's thread asks for Python some times a chunk, and
-# a chunk takes it 5 ms: with Python's own 5 ms the encoder would wait for longer than it works.
-SWITCH_SECONDS = 0.0005
-
-Ready = TypeVar("Ready")
-Done = TypeVar("Done")
 
 
 def finished_chunks(
@@ -30,29 +19,8 @@ def finished_chunks(
 ) -> Iterator[Finished]:
     """Yield what becomes of each chunk, in order; `options.workers` says in how many processes."""
     if options.workers == 1:
-        return beside_the_encoder(chunks, work.prepare, work.finish)
+        return map(work, chunks)
     return _in_processes(chunks, kind, tokenizer, options)
-
-
-def beside_the_encoder(
-    chunks: Iterator[Chunk], prepare: Callable[[Chunk], Ready], finish: Callable[[Ready], Done]
-) -> Iterator[Done]:
-    """Prepare the next chunk while the encoder, which needs no Python, finishes those before; yield them in order."""
-    waiting: deque[Future[Done]] = deque()
-    before = sys.getswitchinterval()
-    with ThreadPoolExecutor(1) as encoder:
-        sys.setswitchinterval(min(before, SWITCH_SECONDS))
-        try:
-            for chunk in chunks:
-                waiting.append(encoder.submit(finish, prepare(chunk)))
-                if len(waiting) > AHEAD:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            sys.setswitchinterval(before)
-            for future in waiting:
-                future.cancel()
 
 
 def _in_processes(chunks: Iterator[Chunk], kind: Kind, tokenizer: Path, options: BuildOptions) -> Iterator[Finished]:

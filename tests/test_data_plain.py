@@ -2,7 +2,6 @@
 
 import json
 import random
-import sys
 
 import pytest
 from data_world import PIECES, TEMPLATES, fuzzed_rows, talk, unmarked, write_tokenizer
@@ -13,7 +12,6 @@ from data_preprocessing.masks import in_bytes
 from data_preprocessing.reading import Row
 from data_preprocessing.records import plain_conversation, record
 from data_preprocessing.row_error import RowError
-from data_preprocessing.workers import SWITCH_SECONDS, beside_the_encoder
 
 STRIPPING = "{% for m in messages %}{{ '<é>' + m.role + m.content | trim + '</s>' }}{% endfor %}"
 NAMES = {"user": "human", "assistant": "gpt"}
@@ -105,17 +103,6 @@ def test_spans_in_bytes_are_those_of_the_text(tmp_path, template):
 def test_a_role_that_is_no_text_is_an_error():
     with pytest.raises(RowError, match="role is"):
         record({"messages": [{"role": ["user"], "content": "a"}, {"role": "assistant", "content": "b"}]})
-
-
-def test_other_threads_wait_for_python_as_before_when_the_encoder_is_done():
-    before, seen = sys.getswitchinterval(), []
-
-    def prepare(number):
-        seen.append(sys.getswitchinterval())
-        return number
-
-    assert list(beside_the_encoder(iter(range(9)), prepare, lambda number: -number)) == [-n for n in range(9)]
-    assert seen == pytest.approx([SWITCH_SECONDS] * 9) and sys.getswitchinterval() == before
 
 
 def test_json_that_only_the_slower_parser_reads_goes_the_long_way(tmp_path):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from ..build import return_memory_early
 from ..chunks import BuildOptions
 from ..near_duplicates import THRESHOLD
 from .block import Setting
@@ -78,7 +77,6 @@ def audit(
 
     Raises DataError for what cannot be read at all, and for a dataset of another tokenizer.
     """
-    return_memory_early()
     options = options or AuditOptions()
     facts, findings, checks = _checked(open_stream(sources, tokenizer, options.build), CHECKS, options)
     if not valid:

@@ -1,5 +1,6 @@
 """A set to be audited as a stream of blocks: files of rows as `temper data build` would read them, or a built set."""
 
+import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -13,14 +14,13 @@ from toolkits.foundation.errors import UsageError
 from toolkits.foundation.progress import Progress
 
 from ..build import bytes_of, kind_of, with_encoder
-from ..chunks import BuildOptions, Chunk, ChunkWork, Finished, Prepared, chunks_of, read_record
+from ..chunks import BuildOptions, Chunk, ChunkWork, chunks_of, read_record
 from ..dataset import Dataset, IndexedDataset, Kind, document_prefix, open_dataset, sibling
 from ..inspect import tokenizer_of
 from ..reading import ReadReport, Row, find_inputs, read_files
 from ..records import Record
 from ..row_error import RowError
 from ..tokenizer import LoadedTokenizer, load_tokenizer
-from ..workers import beside_the_encoder
 from .block import Block, Entry, Places, entry_of
 
 ROWS_AT_ONCE = 512
@@ -84,8 +84,8 @@ class FileStream:
             for row in self._rows:
                 yield _without_samples([(self.places.add(row.source, row.line), _what_is_wrong(row, self._options))])
             return
-        chunks = chunks_of(self._rows, first=0, chunk_rows=self._options.chunk_rows)
-        yield from beside_the_encoder(chunks, self._work.read, self._work.block)
+        for chunk in chunks_of(self._rows, first=0, chunk_rows=self._options.chunk_rows):
+            yield self._work.block(chunk)
 
     def facts(self) -> dict[str, Any]:
         notes = dict(sorted(self._report.notes.items()))
@@ -107,18 +107,13 @@ class _Work(ChunkWork):
         self._found.append((row, found))
         return found
 
-    def read(self, chunk: Chunk) -> tuple[Prepared, dict[int, int], list[tuple[Row, Record]]]:
-        """Prepare a chunk; return with it the number of each row, by its id, and the records."""
+    def block(self, chunk: Chunk) -> Block:
+        """Return the chunk's rows as the checks see them."""
         numbers = {id(row): self._places.add(row.source, row.line) for row in chunk.rows}
         self._found = []
-        return self.prepare(chunk), numbers, self._found
-
-    def block(self, read: tuple[Prepared, dict[int, int], list[tuple[Row, Record]]]) -> Block:
-        """Encode what `read` returned."""
-        prepared, numbers, found = read
-        done: Finished = self.finish(prepared)
+        done = self(chunk)
         bad = {id(row): error for row, error in done.rejects}
-        entries = [entry_of(numbers[id(row)], record) for row, record in found if id(row) not in bad]
+        entries = [entry_of(numbers[id(row)], record) for row, record in self._found if id(row) not in bad]
         wrong = [(numbers[row], error) for row, error in bad.items()]
         counts = (done.control_texts, done.rows_with_control_text)
         return Block(entries, done.tokens, done.mask, done.lengths, wrong, *counts)
@@ -147,7 +142,14 @@ class DatasetStream:
                 if not first:
                     self._find_scaffold()
                 yield self._block(numbers)
+                self._let_go()
                 progress.advance(len(numbers))
+
+    def _let_go(self) -> None:
+        """Let go of the pages of the dataset's files; read once, they would be this process's memory to the end."""
+        for held in vars(self._dataset).values():
+            if isinstance(held, np.memmap) and isinstance(held.base, mmap.mmap):
+                held.base.madvise(mmap.MADV_DONTNEED)
 
     def facts(self) -> dict[str, Any]:
         manifest = self._dataset.manifest or {}
