@@ -13,7 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11,<3.13",
     packages=find_packages(include=["toolkits*", "conversion*", "data_preprocessing*"]),
-    package_data={"toolkits.quickstart": ["*.jsonl"]},
+    package_data={"toolkits.quickstart": ["*.jsonl", "identity/*"]},
     entry_points={"console_scripts": ["temper = toolkits.cli:main"]},
     install_requires=[
         "torch>=2.6",
@@ -28,6 +28,7 @@ setup(
         "click",
         "rich",
         "orjson",
+        "pyyaml",  # recipes of filters, pipelines
         "psutil",  # megatron-core's checkpoint writer hangs without it
         "tensorboard",
         "matplotlib",

@@ -74,7 +74,7 @@ def test_heavy_libraries_stay_where_they_belong():
 def test_the_light_modules_pull_nothing_heavy_in():
     light = ["toolkits.cli", "toolkits.training.config", "toolkits.training.layout", "toolkits.launch.rank"]
     light += ["conversion.plan"]
-    commands = ("chat", "convert", "data", "data_build", "data_view", "generate", "train")
+    commands = ("chat", "convert", "data", "data_build", "data_pairs", "data_view", "generate", "pipeline", "train")
     light += [f"toolkits.commands.{name}" for name in commands]
     script = f"import sys, importlib; [importlib.import_module(m) for m in {light}]; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)

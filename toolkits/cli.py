@@ -13,6 +13,7 @@ COMMANDS = {
     "convert": ("toolkits.commands.convert", "convert", "HuggingFace checkpoints to and from Megatron-core."),
     "data": ("toolkits.commands.data", "data", "Build a dataset and look at its rows."),
     "generate": ("toolkits.commands.generate", "generate", "Answer prompts with a HuggingFace checkpoint."),
+    "pipeline": ("toolkits.commands.pipeline", "pipeline", "Run stages of training, each made of the ones before."),
     "plan": ("toolkits.commands.plan", "plan", "What a run needs, which layouts fit, and its launcher line."),
     "runs": ("toolkits.commands.runs", "runs", "List runs, and show one with its curve and its lineage."),
     "train": ("toolkits.commands.train", "train", "Tune a model with Megatron-core."),

@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from ..generation.loading import Source
 
 _PATH = click.Path(path_type=Path)
+_AT_ONCE = "Questions answered at once."
 STDOUT = Path("-")
 
 
-def model_options(command: Callable) -> Callable:
-    """The model, and how it chooses its answers: what `generate` and `chat` share."""
+def answer_options(command: Callable) -> Callable:
+    """How a model chooses its answers: what all commands that let one answer share."""
     for decorate in (
         click.option("--seed", default=0, show_default=True, help="Of what is drawn; the same seed, the same answers."),
         click.option("--top-k", default=0, type=click.IntRange(0), help="Draw from the K likeliest tokens; 0: all."),
@@ -48,10 +49,20 @@ def model_options(command: Callable) -> Callable:
             help="Add the adapter to HF_DIR quantised and back, which a run with --quantize trains on.",
         ),
         click.option("--adapter", type=_PATH, help="LoRA adapter in PEFT's format, added to the model in memory."),
-        click.argument("hf_dir", metavar="HF_DIR", type=_PATH),
     ):
         command = decorate(command)
     return command
+
+
+def model_options(command: Callable) -> Callable:
+    """The model, and how it chooses its answers: what `generate` and `chat` share."""
+    return click.argument("hf_dir", metavar="HF_DIR", type=_PATH)(answer_options(command))
+
+
+def batch_option(command: Callable) -> Callable:
+    """How many questions are answered at once."""
+    option = click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help=_AT_ONCE)
+    return option(command)
 
 
 def settings_of(
@@ -71,7 +82,7 @@ def settings_of(
 @click.option("--output", type=_PATH, help="Write JSONL there; - is stdout. Without it, answers are printed.")
 @click.option("--overwrite", is_flag=True, help="Replace an existing output.")
 @click.option("--no-template", is_flag=True, help="Go on from the raw text, without the chat template.")
-@click.option("--batch-size", default=8, show_default=True, type=click.IntRange(1), help="Questions answered at once.")
+@batch_option
 def generate(
     prompts: tuple[str, ...],
     file: Path | None,

@@ -23,6 +23,7 @@ class Question:
     conversation: Conversation
     expected: str | None = None
     where: str = "--prompt"
+    key: str | None = None  # what its row says under the key that was asked for
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -42,11 +43,11 @@ def question_of(text: str, *, where: str = "--prompt") -> Question:
     return Question(Conversation((Message("user", text),), "text"), where=where)
 
 
-def read_questions(source: Path) -> list[Question]:
+def read_questions(source: Path, *, key: str | None = None) -> list[Question]:
     """Return the questions of a file, of those that a pattern names, or of stdin (`-`).
 
-    They are rows in any layout that `temper data build` reads, whose last answer is what is expected, or plain lines.
-    Raises DataError that lists what is wrong with which row.
+    They are rows in any layout that `temper data build` reads, whose last answer is what is expected, or plain lines;
+    with `key` rows that have it. Raises DataError that lists what is wrong with which row.
     """
     found: list[Question] = []
     problems: list[str] = []
@@ -57,7 +58,9 @@ def read_questions(source: Path) -> list[Question]:
                 plain = isinstance(row.data, bytes) and not row.data.lstrip().startswith(b"{")
             where = f"{'stdin' if file == STDIN else file}:{row.line}"
             try:
-                found.append(question_of(_line(row), where=where) if plain else _question(parse_row(row), where))
+                value = None if plain else parse_row(row)
+                question = question_of(_line(row), where=where) if plain else question_in(value, where)
+                found.append(question if key is None else replace(question, key=key_of(value, key)))
             except RowError as error:
                 problems.append(f"{where}: {error}")
             if len(problems) == MOST_PROBLEMS:
@@ -81,6 +84,14 @@ def with_system(questions: Sequence[Question], system: str | None) -> list[Quest
     ]
 
 
+def key_of(value: Any, key: str) -> str:
+    """Return what a row says under `key`, a text or a number; RowError when it does not."""
+    said = value.get(key) if isinstance(value, dict) else None
+    if not isinstance(said, str | int):
+        raise RowError("layout", f"the row has no text or number {key!r}")
+    return str(said)
+
+
 def _line(row: Row) -> str:
     try:
         return row.data.decode("utf-8").rstrip("\r\n")
@@ -88,7 +99,8 @@ def _line(row: Row) -> str:
         raise RowError("encoding", f"not UTF-8: {error}") from None
 
 
-def _question(value: Any, where: str) -> Question:
+def question_in(value: Any, where: str) -> Question:
+    """Return what a row asks, up to its last answer; RowError when it asks nothing."""
     is_pair = not isinstance(value, dict) or {"chosen", "rejected"} <= value.keys()
     waiting = None if is_pair else prompt_of(value)
     if waiting is not None:
