@@ -62,13 +62,13 @@ SHAPES: dict[str, dict[str, Any]] = {  # of the published Qwen2.5 configs
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
-    "small": {
-        "hidden_size": 512,
-        "intermediate_size": 1408,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 8,
+    "0.5B/12": {  # the same layers; two of 24, and a twelfth of the vocabulary
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 14,
         "num_key_value_heads": 2,
-        "vocab_size": 8192,
+        "vocab_size": 12661,
         "tie_word_embeddings": True,
     },
     "tiny": {
@@ -111,22 +111,65 @@ def packing_on_cpu(*, pairs: int) -> dict[str, Any]:
 
 
 def lora_on_cpu(*, pairs: int) -> dict[str, Any]:
-    """Return how long a step takes that trains LoRA adapters of rank 16, as a share of one that trains all weights."""
+    """Return how long a step takes that trains LoRA adapters of rank 16, as a share of one that trains all weights.
+
+    All else is the same: fp32, 2048 tokens a step in rows of 512. The layers are those of Qwen2.5-0.5B, and layers
+    and vocabulary are cut alike, so that the output layer has its share of the work. Adapters cost a wider model
+    less: a matrix has width^2 numbers, its adapter rank x width. Both models are there at once and take their steps
+    in turn, so that what else the machine does slows both.
+    """
     torch.set_num_threads(1)
-    flags = ["--seq-len", "512", "--global-batch-size", "4", "--train-iters", "6", "--precision", "fp32"]
-    ratios = []
-    for _ in range(pairs):
-        lora, full = (
-            _run("small", [*flags, *more], _rate, rows_needed=24, weights=True) for more in (["--lora-rank", "16"], [])
-        )
-        ratios.append([full[rate] / lora[rate] for rate in ("tokens_per_second", "tokens_per_cpu_second")])
-    wall, cpu = np.array(ratios[1:]).T
+    flags = ["--seq-len", "512", "--global-batch-size", "4", "--train-iters", str(pairs), "--precision", "fp32"]
+    asked = {"rows_needed": 4 * pairs, "weights": True}
+
+    def beside(full: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
+        def in_turn(lora: Training, of_lora: Iterator[MicroBatch]) -> dict[str, Any]:
+            return _pairs_of_steps((lora, of_lora), (full, batches))
+
+        with mock.patch.object(line, "process_groups", lambda *_, **__: contextlib.nullcontext()):  # they are up
+            return _run("0.5B/12", [*flags, "--lora-rank", "16"], in_turn, **asked)
+
+    return _run("0.5B/12", flags, beside, **asked)
+
+
+def dpo_on_cpu(*, pairs: int) -> dict[str, Any]:
+    """Return how long DPO with a cached reference takes for a token, as a share of fine-tuning on the same answers.
+
+    The model is that of `lora_on_cpu`, fp32, 2048 tokens a step in rows of 512. The reference was computed before.
+    """
+    torch.set_num_threads(1)
+    flags = ["--global-batch-size", "4", "--train-iters", str(pairs), "--precision", "fp32", "--seq-len"]
+    asked = {"rows_needed": 4 * pairs, "weights": True, "longest": 256}
+
+    def beside(sft: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
+        def in_turn(dpo: Training, of_dpo: Iterator[MicroBatch]) -> dict[str, Any]:
+            return _pairs_of_steps((dpo, of_dpo), (sft, batches))
+
+        with mock.patch.object(line, "process_groups", lambda *_, **__: contextlib.nullcontext()):  # they are up
+            return _run("0.5B/12", [*flags, "256", "--rows", "pairs"], in_turn, objective="dpo", **asked)
+
+    return _run("0.5B/12", [*flags, "512"], beside, **asked)
+
+
+def _pairs_of_steps(*runs: tuple[Training, Iterator[MicroBatch]]) -> dict[str, Any]:
+    """Return what a token takes in the first run as a share of the second, step beside step."""
+    times = []
+    for index in range(runs[0][0].steps):
+        found = []
+        for run, batches in runs:
+            begins = _now()
+            figures, _ = train_step(run, index, batches)
+            found.append((_now() - begins) / figures.tokens)
+        times.append(found)
+    ours, theirs = np.array(times[1:]).transpose(1, 0, 2)
+    wall, cpu = (ours / theirs).T
     return {
         "ratio": float(np.median(wall)),
         "lowest": float(wall.min()),
         "highest": float(wall.max()),
         "cpu_time_ratio": float(np.median(cpu)),
         "pairs": len(wall),
+        "token_seconds": float(np.median(theirs[:, 0])),
     }
 
 
@@ -151,7 +194,7 @@ def _speed(run: Training, batches: Iterator[MicroBatch]) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     plan, data = find_model(run.config.model).plan, run.batches.rows.parts[0]
     sizes, lengths = sizes_of(plan), np.diff(data.ends, prepend=0).astype(float)
-    whole = 6 * plan.num_parameters + 12 * sizes.layers * sizes.query * data.seq_len
+    whole = 6 * plan.num_parameters + 12 * sizes.layers * sizes.query * data.row_tokens
     strict = flops_per_token(plan, int((lengths**2).sum() / lengths.sum()), Tuning())
     rate, peak = tokens / seconds, PEAK_FLOPS["bf16"]
     return {
@@ -194,10 +237,20 @@ def _now() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
-def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int, weights: bool = False) -> dict[str, Any]:
+def _run(
+    shape: str,
+    flags: list[str],
+    measure: Measure,
+    *,
+    rows_needed: int,
+    weights: bool = False,
+    objective: str = "sft",
+    longest: int = 2048,
+) -> dict[str, Any]:
     """Start a training run of `shape` on this rank alone, with `measure` in the place of its loop.
 
-    It starts from random weights, which with `weights` are a checkpoint that it reads.
+    It starts from random weights, which with `weights` are a checkpoint that it reads. Its conversations have at most
+    `longest` tokens; those of DPO are pairs.
     """
     found: dict[str, Any] = {}
 
@@ -209,7 +262,9 @@ def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int, we
         folder = Path(name)
         model, data = _write_config(folder, SHAPES[shape]), folder / "data"
         seq_len = int(flags[flags.index("--seq-len") + 1])
-        _write_conversations(data, vocabulary=SHAPES[shape]["vocab_size"], tokens=rows_needed * seq_len)
+        kind, tokens = ("preferences", 2) if objective == "dpo" else ("conversations", 1)
+        tokens *= rows_needed * seq_len
+        _write_conversations(data, kind, vocabulary=SHAPES[shape]["vocab_size"], tokens=tokens, longest=longest)
         if weights:
             _write_weights(model)
         start = ["--checkpoint", model] if weights else ["--checkpoint", "none", "--hf-config", model]
@@ -220,7 +275,7 @@ def _run(shape: str, flags: list[str], measure: Measure, *, rows_needed: int, we
             mock.patch.object(loop, "_take_steps", measured),
             mock.patch.object(line, "_require_space", lambda plan: None),  # nothing is saved
         ):
-            line.run(config, OBJECTIVES["sft"])
+            line.run(config, OBJECTIVES[objective])
     return found
 
 
@@ -252,12 +307,12 @@ def _write_weights(folder: Path) -> None:
     )
 
 
-def _write_conversations(prefix: Path, *, vocabulary: int, tokens: int) -> None:
+def _write_conversations(prefix: Path, kind: str, *, vocabulary: int, tokens: int, longest: int) -> None:
     """Write conversations of random tokens, log-normal in length as chat data is; the second half is trained on."""
-    random = np.random.default_rng(1)
-    lengths = np.clip(random.lognormal(np.log(MEAN_TOKENS) - 0.32, 0.8, 2 * tokens // MEAN_TOKENS), 16, 2048)
+    random, mean = np.random.default_rng(1), min(MEAN_TOKENS, longest // 2)
+    lengths = np.clip(random.lognormal(np.log(mean) - 0.32, 0.8, 4 * (tokens // mean)), 16, longest)
     with DatasetWriter(prefix.parent, f"{prefix.name}_text_document") as writer:
         for length in lengths.astype(int):
             mask = (np.arange(length) >= length // 2).astype(np.uint8)
             writer.add(random.integers(0, vocabulary, length, dtype=np.int32), mask)
-        writer.finish({"tokenizer": {"fingerprint": None}})
+        writer.finish({"kind": kind, "tokenizer": {"fingerprint": None}})

@@ -28,7 +28,7 @@ from .digest import weights_digest
 from .layout import DTYPES as TYPES
 from .mapped_file import MappedFile
 from .mcore_directory import ADAPTER_CONFIG, find_step, is_mcore_directory
-from .plan import Plan, Step
+from .plan import REWARD_HEAD, Plan, Step
 from .quantized import BLOCK, BaseFormat, Format
 from .safe_files import read_json
 from .safetensors_file import DTYPES
@@ -37,6 +37,8 @@ CONFIG = ADAPTER_CONFIG
 WEIGHTS = "adapter_model.safetensors"
 OURS = "temper_adapter.json"
 ALL = ("all", "all-linear")
+WORDS_TASK, REWARD_TASK = "CAUSAL_LM", "SEQ_CLS"  # as PEFT calls them
+_HEADS_OF_PEFT = ("classifier", "score")  # it names both for SEQ_CLS, whichever the model has
 PREFIX = "base_model.model."
 # Fields of adapter_config.json that change what an adapter computes, and the values that we compute.
 _UNDERSTOOD: dict[str, tuple[object, ...]] = {
@@ -71,6 +73,7 @@ class AdapterConfig:
     save_modules: tuple[str, ...] = ()
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    task: str = WORDS_TASK
 
     def rank_of(self, module: str) -> int:
         """Return the rank of a module's adapter."""
@@ -100,7 +103,7 @@ class AdapterConfig:
         """Return adapter_config.json; `base` names the model that it belongs to."""
         return {
             "peft_type": "LORA",
-            "task_type": "CAUSAL_LM",
+            "task_type": self.task,
             "base_model_name_or_path": base,
             "r": self.rank,
             "lora_alpha": self.alpha,
@@ -156,12 +159,13 @@ def whole_modules(plan: Plan, config: AdapterConfig) -> dict[str, Step]:
     known = {
         step.parts[0].name.removesuffix(".weight"): step
         for step in plan.steps
-        if step.is_vocabulary and step.layer is None
+        if (step.is_vocabulary and step.layer is None) or step.key == REWARD_HEAD
     }
     problems = [
         f"{name} is neither of {', '.join(known)}"
         for name in config.save_modules
         if not any(_ends_with(module, name) for module in known)
+        and not (plan.is_reward_model and name in _HEADS_OF_PEFT)
     ]
     if config.save_modules and plan.tied:
         problems.append("the embedding is the head too (tie_word_embeddings), and PEFT would make two of it")
@@ -301,6 +305,7 @@ def config_of(said: Mapping[str, object], path: Path) -> AdapterConfig:
             dropout=_number(said.get("lora_dropout") or 0.0, float),
             rslora=said.get("use_rslora") is True,
             save_modules=_names(said.get("modules_to_save") or ()),
+            task=str(said.get("task_type") or WORDS_TASK),
             rank_pattern={str(key): _number(value, int) for key, value in dict(said.get("rank_pattern") or {}).items()},  # type: ignore[call-overload]
             alpha_pattern={
                 str(key): _number(value, float)

@@ -177,6 +177,7 @@ def _model(folder: Path, found: _Findings) -> None:
             hidden_size=plan.settings["hidden_size"],
             vocabulary=plan.settings["vocab_size"],
             tied_embeddings=plan.tied,
+            reward_model=plan.is_reward_model or None,
             config_parameters=plan.num_parameters,
             not_trained_here=untrainable_reasons(config),
         )

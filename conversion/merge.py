@@ -1,5 +1,6 @@
 """A base and its adapters become one HuggingFace directory, streamed; or the adapters are taken out again."""
 
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +16,7 @@ from .adapters import Adapter, linear_parts, require_blocks
 from .filling import Span, row_runs
 from .guards import explain_nonfinite, refuse_overlap
 from .hf_as_mcore import HfAsMcore
-from .hf_checkpoint import INDEX_FILE, copy_sidecar_files, safetensors_files
+from .hf_checkpoint import CONFIG_FILE, INDEX_FILE, copy_sidecar_files, safetensors_files
 from .layout import dtype_named, is_finite, same_bits
 from .mapped_file import MappedFolder
 from .mcore_as_hf import McoreAsHf
@@ -24,9 +25,10 @@ from .mcore_to_hf import say_dtype, write_index
 from .older_spelling import add_older_spelling
 from .options import Options
 from .output import publish_output, state_of
-from .plan import Plan
+from .plan import Plan, plan_for
 from .quantized import BaseFormat, Format, Reference, quantized
 from .report import Story, write_report
+from .reward_model import as_reward_model, is_of_reward_model
 from .safetensors_file import DTYPES as STORED
 from .safetensors_file import StoredTensor
 from .verify import describe_difference
@@ -62,7 +64,9 @@ def merge(
     def finish(temporary: Path, hashes: dict[str, str]) -> None:
         write_index(temporary / INDEX_FILE, index)
         copy_sidecar_files(merged.hf_folder, temporary)
-        say_dtype(temporary / "config.json", merged.config, (kind for kind, _ in tensors.values()))
+        if merged.gets_head:
+            (temporary / CONFIG_FILE).write_text(json.dumps(merged.config, indent=2, ensure_ascii=False) + "\n")
+        say_dtype(temporary / CONFIG_FILE, merged.config, (kind for kind, _ in tensors.values()))
         notes = [*add_older_spelling(temporary), *merged.notes]
         notes += [f"adapter {folder} x {weight:g}" for folder, weight in adapters]
         if options.verify:
@@ -120,6 +124,9 @@ class Merged:
             self._source = HfAsMcore(base, dequantize=options.dequantize)
             self.config, self.hf_folder, self.files = self._source.source.config, base, self._source.source.files
         self.plan = self._source.plan
+        if not self.plan.is_reward_model and any(is_of_reward_model(folder) for folder, _ in adapters):
+            self.config = as_reward_model(self.config, self.hf_folder)
+            self.plan = plan_for(self.config)
         self._cast, self._sign = dtype_named(options.dtype), sign
         self.adapters = [(Adapter(folder, self.plan), weight) for folder, weight in adapters]
         if sign < 0 and any(adapter.whole for adapter, _ in self.adapters):
@@ -130,6 +137,11 @@ class Merged:
             adapter.require_base(base)
         self._quantized = _quantized_as(quantized_base, [adapter for adapter, _ in self.adapters], self.plan)
         self._linear = linear_parts(self.plan)
+
+    @property
+    def gets_head(self) -> bool:
+        """Whether the base writes words, and an adapter makes a reward model of it."""
+        return self.plan.is_reward_model and not self._source.plan.is_reward_model
 
     @property
     def notes(self) -> list[str]:
@@ -176,6 +188,8 @@ class Merged:
         return tensor
 
     def _stored_dtype(self, name: str) -> torch.dtype:
+        if name not in self._source.plan.hf_tensors:
+            name = next(iter(self.plan.hf_tensors))  # an adapter's head gets the type of the embedding
         return self._source.dtype(name) if isinstance(self._source, McoreAsHf) else self._source.source.dtype(name)
 
     def _quantized_rows(self, name: str) -> Iterator[torch.Tensor]:
@@ -189,6 +203,10 @@ class Merged:
             yield matrix.rows(start, stop, dtype)
 
     def _base_rows(self, name: str) -> Iterator[torch.Tensor]:
+        if name not in self._source.plan.hf_tensors:
+            step, number = self.plan.hf_tensors[name]
+            yield torch.zeros(step.parts[number].shape, dtype=self._stored_dtype(name))
+            return
         if isinstance(self._source, McoreAsHf):
             yield from self._source.slices(name)
             return

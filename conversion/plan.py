@@ -16,6 +16,7 @@ from .families.family import ModelFamily, PredictionLayers, Rule
 from .settings import MOST, mcore_settings, places, settings_of
 
 MERGED_LAYERS = "decoder.layers."
+REWARD_HEAD = "reward_head.weight"
 MOST_PARTS = 100_000  # experts or key/value heads in all layers; the largest models have 25,000
 
 # The sizes that rules name, each the product of these settings.
@@ -155,6 +156,11 @@ class Plan:
         return bool(self.settings["share_embeddings_and_output_weights"])
 
     @property
+    def is_reward_model(self) -> bool:
+        """Whether the model gives a score, and no words."""
+        return bool(self.settings["reward_head"])
+
+    @property
     def num_parameters(self) -> int:
         """Number of weights; an embedding that is the output layer too counts once."""
         return sum(info.numel for info in self.tensors.values())
@@ -211,7 +217,7 @@ def plan_for(hf_config: Mapping[str, object], *, predicts: bool = False) -> Plan
 def plan_of_checkpoint(hf_config: Mapping[str, object], *, hf: Iterable[str] = (), mcore: Iterable[str] = ()) -> Plan:
     """Return the plan for a checkpoint with these tensors: layers that predict may have been left out, all of them."""
     plain = plan_for(hf_config)
-    if plain.family.prediction_layers is None:
+    if plain.family.prediction_layers is None or plain.is_reward_model:  # without words nothing further is predicted
         return plain
     whole = plan_for(hf_config, predicts=True)
     more = (whole.hf_tensors.keys() - plain.hf_tensors.keys()) | (whole.tensors.keys() - plain.tensors.keys())

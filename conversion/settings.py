@@ -22,7 +22,7 @@ def mcore_settings(hf_config: Mapping[str, object]) -> dict[str, object]:
     Raises CheckpointError that names the family and every field that is missing or cannot be.
     """
     family = family_for(hf_config)
-    settings: dict[str, object] = dict(family.constants)
+    settings: dict[str, object] = {**family.constants, "reward_head": is_reward_model(hf_config)}
     missing, wrong = [], []
     for setting in settings_of(family).values():
         place, value = _value(setting, hf_config)
@@ -40,8 +40,30 @@ def mcore_settings(hf_config: Mapping[str, object]) -> dict[str, object]:
     if wrong:
         raise CheckpointError(f"config.json of family {family.name} says what cannot be: {', '.join(wrong)}")
     settings = _derived(family, settings)
+    if settings["reward_head"]:
+        settings["share_embeddings_and_output_weights"] = False  # there are no words to share a matrix with
     pattern = _expert_pattern(family, hf_config, settings)
     return settings if pattern is None else {**settings, "moe_layer_freq": pattern}
+
+
+def is_reward_model(hf_config: Mapping[str, object]) -> bool:
+    """Whether a config.json is that of a decoder with one score in place of words; CheckpointError: with several."""
+    family, architectures = family_for(hf_config), hf_config["architectures"]
+    assert isinstance(architectures, list)
+    if architectures[0] not in family.reward_architectures:
+        return False
+    if (labels := label_count(hf_config)) != 1:
+        raise CheckpointError(
+            f"config.json describes {architectures[0]} with {labels} labels (id2label): only reward models, which have "
+            "one score, are converted"
+        )
+    return True
+
+
+def label_count(hf_config: Mapping[str, object]) -> object:
+    """Return how many labels a classifier has; without a word, transformers takes two."""
+    said = hf_config.get("id2label", hf_config.get("num_labels", 2))
+    return len(said) if isinstance(said, Mapping) else said
 
 
 def config_dtype(hf_config: Mapping[str, object]) -> str | None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from conversion_models import EXPERTS
 from training_world import TINY
 
-from conversion.plan import plan_for
+from conversion.plan import REWARD_HEAD, plan_for
 from toolkits.planning.weights import Tuning
 from toolkits.training.config import TrainConfig
 from toolkits.training.layout import layout_of
@@ -25,7 +25,9 @@ FIRST_SEQUENCE = 12  # tokens: CP=2 cuts it into four pieces
 VOCABULARY = 1021
 # TP=2 cuts a block of the 192 columns.
 WIDE = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 10, "head_dim": 32}
+WHOLE = {"embed_tokens": "embedding.word_embeddings.weight", "lm_head": "output_layer.weight"}
 HF = TINY | {"architectures": ["Qwen2ForCausalLM"], "rms_norm_eps": 1e-6, "vocab_size": VOCABULARY}
+REWARD = {"architectures": ["Qwen2ForSequenceClassification"], "id2label": {"0": "LABEL_0"}}
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,8 @@ class Case:
     quantize: str = "none"
     wide: bool = False  # the dense model with rows that blocks of NF4 divide
     targets: str = "all"
+    whole: str = ""  # modules trained beside adapters
+    reward: bool = False  # a score in the place of the words; of the dense model
 
     def __str__(self):
         said = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
@@ -85,13 +89,14 @@ class Case:
                 "recompute": self.recompute,
                 "lora_rank": self.lora,
                 "lora_targets": self.targets,
+                "lora_save_modules": self.whole,
                 "quantize": self.quantize,
             }
         )
 
     @property
     def plan(self):
-        model = EXPERTS[self.model] if self.model else HF
+        model = EXPERTS[self.model] if self.model else HF | (REWARD if self.reward else {})
         return plan_for(model | (WIDE if self.wide else {}) | {"tie_word_embeddings": self.tied})
 
     @property
@@ -103,9 +108,11 @@ class Case:
         if not self.lora:
             return Tuning()
         targets = None if self.targets == "all" else frozenset(self.targets.split(","))
+        whole = frozenset(WHOLE[name] for name in self.whole.split(",") if name)
+        whole |= {REWARD_HEAD} if self.reward else set()
         if self.quantize == "none":
-            return Tuning("lora", self.lora, targets)
-        return Tuning("qlora", self.lora, targets, self.quantize)
+            return Tuning("lora", self.lora, targets, whole=whole)
+        return Tuning("qlora", self.lora, targets, self.quantize, whole)
 
     @property
     def layout(self):
@@ -143,6 +150,10 @@ STATES = [
     Case(lora=5, tensor=2, data=2, tied=True),
     Case(lora=5, targets="q_proj,up_proj,down_proj", pipeline=2, precision="fp32", distributed=False),
     Case(lora=3, pipeline=2, virtual=1, data=2, bucket=500),
+    Case(lora=3, tensor=2, whole="embed_tokens,lm_head"),
+    Case(lora=3, pipeline=2, whole="lm_head", quantize="int8", distributed=False),
+    Case(reward=True, pipeline=2, tied=True),
+    Case(reward=True, tensor=2, lora=3),
     Case("qwen2-moe", lora=3, tensor=2, expert=2, expert_tensor=1),
     Case("deepseek-v3", lora=3, tensor=2),
     Case(lora=3, quantize="nf4", wide=True),
@@ -176,6 +187,10 @@ ACTIVATIONS = [
     Case(lora=3, tensor=2),
     Case(lora=3, tensor=2, sequence=False),
     Case(lora=3, recompute="full"),
+    Case(lora=3, whole="embed_tokens"),
+    Case(lora=3, tensor=2, whole="embed_tokens,lm_head"),
+    Case(reward=True, tensor=2),
+    Case(reward=True, tensor=2, sequence=False, lora=3),
     Case("qwen2-moe", lora=3),
     Case("deepseek-v3", lora=3),
     Case("deepseek-v3", lora=3, tensor=2),

@@ -60,7 +60,7 @@ def main(folder, kind):
         if kind == "nf4":
             import bitsandbytes  # noqa: F401 - what it takes is no part of the model
         with Peak() as peak:
-            chunks = _model(RunPlan(config, source, None, layout, Lora.of(config, source)), None)
+            chunks = _model(RunPlan(config, source, None, layout, Lora.of(config, source)), as_it_starts=True)
         held = sum(each.nbytes for each in (*chunks[0].parameters(), *chunks[0].buffers()))
     print(json.dumps({"grown": peak.grown, "held": held}))
 

@@ -50,6 +50,7 @@ def test_settings_of_the_newer_spelling():
         "activation": "silu",
         "add_bias_linear": False,
         "add_qkv_bias": True,
+        "reward_head": False,
     }
     assert config_dtype(UNTIED) == "float32"
 

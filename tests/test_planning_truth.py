@@ -91,7 +91,7 @@ def kept_after_forward(case, *, fused):
     kept = activations.stage_bytes(sizes, batch, case.tuning, stage=0)
     if batch.recompute == "full":  # that is there in the backward pass only
         kept -= activations.largest_layer_bytes(sizes, batch, case.tuning, stage=0)
-    return kept + activations.loss_bytes(sizes, batch)
+    return kept + activations.loss_bytes(sizes, batch, case.tuning)
 
 
 def of_a_cpu(case, rank):

@@ -45,7 +45,18 @@ def test_every_command_line_names_a_command_that_exists():
         for group, command in re.findall(r"temper (convert|data|verify) (\w+)", text):
             result = CliRunner().invoke(temper, [group, command, "--help"])
             assert result.exit_code == 0, f"temper {group} {command}"
-    assert set(COMMANDS) == {"chat", "convert", "data", "generate", "pipeline", "plan", "runs", "train", "verify"}
+    assert set(COMMANDS) == {
+        "chat",
+        "convert",
+        "data",
+        "generate",
+        "pipeline",
+        "plan",
+        "runs",
+        "score",
+        "train",
+        "verify",
+    }
 
 
 def test_every_script_named_exists():

@@ -86,10 +86,43 @@ def test_a_shifted_label_is_another_loss(labels):
     assert (ours - shifted).abs().max() > 0.1
 
 
-def test_a_frozen_layer_gets_no_gradient_and_still_passes_one_on(labels):
+@pytest.mark.parametrize("at_once", [4096, 8])
+def test_a_frozen_layer_passes_the_same_gradient_on(labels, monkeypatch, at_once):
+    monkeypatch.setattr(head, "LOSS_TOKENS", at_once)
     hidden, weight = randoms((TOKENS, HIDDEN), (PADDED, HIDDEN))
-    cross_entropy(labels)(hidden, weight.requires_grad_(False)).sum().backward()
-    assert hidden.grad is not None and weight.grad is None
+    losses, of_hidden, _ = values_and_gradients(reference(labels), hidden, weight)
+    ours = values_and_gradients(lambda h: cross_entropy(labels)(h, weight.detach()), hidden)
+    torch.testing.assert_close(ours, [losses, of_hidden], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 8e-3), (torch.float16, 1e-3)])
+def test_a_frozen_layer_of_half_precision_passes_small_gradients_on(labels, dtype, tolerance):
+    """Probabilities near 1e-7, of which fp16 holds little, count when the loss is scaled as it is with fp16."""
+    hidden, weight = randoms((TOKENS, VOCABULARY), (VOCABULARY, VOCABULARY), dtype=dtype)
+    with torch.no_grad():
+        weight.copy_(torch.eye(VOCABULARY))
+        hidden[torch.arange(TOKENS), labels] = 16.0
+    scaled = 2.0**12
+    _, truth, _ = values_and_gradients(lambda h, w: cross_entropy(labels)(h, w) * scaled, hidden, weight)
+    _, ours = values_and_gradients(lambda h: cross_entropy(labels)(h, weight.detach()) * scaled, hidden)
+    small = torch.ones_like(truth).scatter(1, labels.unsqueeze(1), 0)
+    assert 0 < (truth * small).abs().max() / scaled < 1e-5
+    for of in (1, small):
+        assert float((of * (ours - truth)).float().norm() / (of * truth).float().norm()) < tolerance
+
+
+def test_a_frozen_layer_computes_its_logits_once(labels, monkeypatch):
+    monkeypatch.setattr(head, "LOSS_TOKENS", 4)
+    taken, gradient = [], head.logits_gradient
+    monkeypatch.setattr(head, "logits_gradient", lambda logits, *rest: taken.append(logits) or gradient(logits, *rest))
+    hidden, weight = randoms((TOKENS, HIDDEN), (PADDED, HIDDEN))
+    with torch.no_grad():
+        cross_entropy(labels)(hidden.detach(), weight)
+    assert not taken, "validation needs no gradient"
+    losses = cross_entropy(labels)(hidden, weight.detach())
+    assert len(taken) == 6
+    losses.sum().backward()
+    assert len(taken) == 6 and hidden.grad is not None
 
 
 def test_large_logits_do_not_overflow(labels):
@@ -131,19 +164,21 @@ def test_all_logits_are_never_there_at_once(labels, monkeypatch):
     assert sum(tensor.numel() for tensor in kept) == TOKENS * HIDDEN + PADDED * HIDDEN + 2 * TOKENS
 
 
-def test_a_divided_vocabulary_gives_the_same_loss_and_gradients(labels, monkeypatch):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_divided_vocabulary_gives_the_same_loss_and_gradients(labels, monkeypatch, frozen):
     """Four ranks of ten rows each, of which the last has seven real ones, and a fifth that has none."""
     hidden, weight = randoms((TOKENS, HIDDEN), (PADDED + 10, HIDDEN))
     whole = values_and_gradients(lambda h, w: cross_entropy(labels)(h, w[:PADDED]), hidden, weight)
     monkeypatch.setattr(head, "LOSS_TOKENS", 8)
-    ranks = in_turn(hidden, weight, labels, ranks=5)
-    for losses, _, _ in ranks:
+    ranks = in_turn(hidden, weight, labels, ranks=5, frozen=frozen)
+    for losses, *_ in ranks:
         torch.testing.assert_close(losses, whole[0], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(sum(of_hidden for _, of_hidden, _ in ranks), whole[1], rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(torch.cat([of_weight for *_, of_weight in ranks]), whole[2], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sum(of_hidden for _, of_hidden, *_ in ranks), whole[1], rtol=1e-5, atol=1e-5)
+    if not frozen:
+        torch.testing.assert_close(torch.cat([of_weight for *_, of_weight in ranks]), whole[2], rtol=1e-5, atol=1e-5)
 
 
-def in_turn(hidden, weight, labels, *, ranks):
+def in_turn(hidden, weight, labels, *, ranks, frozen):
     """Run the ranks of a vocabulary-parallel loss as threads; return each one's loss and gradients."""
     import threading
 
@@ -166,11 +201,12 @@ def in_turn(hidden, weight, labels, *, ranks):
     results, rows = [None] * ranks, len(weight) // ranks
 
     def one(rank):
-        mine = weight[rank * rows : (rank + 1) * rows].detach().requires_grad_()
+        mine = weight[rank * rows : (rank + 1) * rows].detach().requires_grad_(not frozen)
         own = hidden.detach().requires_grad_()
         real = max(0, min(rows, VOCABULARY - rank * rows))
         results[rank] = values_and_gradients(
-            lambda h, w: LinearCrossEntropy.apply(h, w, labels, rank * rows, real, Together(rank)), own, mine
+            lambda h, *_: LinearCrossEntropy.apply(h, mine, labels, rank * rows, real, Together(rank)),
+            *((own,) if frozen else (own, mine)),
         )
 
     real_all_reduce, torch.distributed.all_reduce = torch.distributed.all_reduce, all_reduce
@@ -261,6 +297,7 @@ for dtype in (torch.float32, torch.bfloat16) if "all" in sys.argv else ():
     check(swiglu, [up], [], dtype, compiled=lambda y: bias_swiglu_impl(y, None))
     check(head.statistics, [x], [places], dtype)
     check(head.logits_gradient, [x], [places, torch.rand(12) + 4, torch.rand(12)], dtype)
+    check(head.scaled, [x], [torch.rand(12)], dtype)
 print("compiled")
 """
 

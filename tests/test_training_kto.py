@@ -14,7 +14,7 @@ from toolkits.training.config import TrainConfig
 from toolkits.training.layout import layout_of
 from toolkits.training.objectives.kto import answer_losses
 from toolkits.training.settings import KtoSettings
-from toolkits.training.sources import find_data, find_model
+from toolkits.training.sources import _balance, find_data, find_model
 
 STEPS, LAYOUT_STEPS, GLOBAL = 20, 6, 8
 RATE = 1e-3
@@ -100,6 +100,19 @@ def test_it_learns_and_the_base_is_the_cached_reference(alone):
     cached, asked = alone["cached"], alone["adapters-off"]
     assert [step["loss"] for step in cached] == pytest.approx([step["loss"] for step in asked], abs=1e-6)
     assert cached[-1]["more"] == pytest.approx(asked[-1]["more"], abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("good", "said"),
+    [
+        ([True] * 4 + [False] * 3, "4 answers are good, 3 are not"),
+        ([True] * 6 + [False] * 3, "--undesirable-weight 1.5 to 2 both count as much"),
+        ([True] * 2 + [False] * 8, "--undesirable-weight 0.19 to 0.25 both"),
+        ([True] * 3, "3 answers are good, 0 are not: nothing tells the two apart but the reference"),
+    ],
+)
+def test_how_the_answers_are_balanced_is_said(good, said):
+    assert said in _balance(np.array(good))
 
 
 def test_values_by_hand():

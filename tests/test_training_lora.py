@@ -24,6 +24,7 @@ from conversion.mcore_directory import is_weight
 from conversion.merge import merge
 from toolkits.cards.lesson import LEARNT, LOSS_TOLERANCE, lesson, plain_losses
 from toolkits.foundation.errors import CheckpointError, UsageError
+from toolkits.planning.weights import trained_parameters
 from toolkits.training.config import TrainConfig
 from toolkits.training.layout import layout_of
 from toolkits.training.lora import Lora
@@ -55,6 +56,7 @@ LAYOUTS = {
     "dp2": {},
 }
 WHOLE = {"whole-tp2": ("tensor_parallel", 2), "whole-pp2": ("pipeline_parallel", 2)}
+LONG = ["tp2", "tp2-sp", "pp2"]  # layouts at which PEFT's twenty steps are taken
 QUICK_LAYOUTS = ["tp2", "tp2-sp", "pp2-virtual", "cp2", "dp2"]
 SHORT = {"train_iters": 4}
 
@@ -106,6 +108,8 @@ def two_ranks(inputs, tmp_path_factory, request):
     for name, (layout, size) in WHOLE.items():
         if name in selected(request, "whole"):
             cases[name] = case(inputs, folder / name, "whole", **{layout: size}).flags()
+    for name in selected(request, "long"):
+        cases[f"long-{name}"] = case(inputs, folder / f"long-{name}", **LAYOUTS[name]).flags()
     return folder, run_cases(folder / "world", 2, cases)
 
 
@@ -124,18 +128,31 @@ def largest_relative(ours, theirs):
     return max(float((ours[name] - theirs[name]).norm() / theirs[name].norm()) for name in ours)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_twenty_steps_equal_those_of_peft(inputs, alone, kind, tmp_path):
+def of_peft(inputs, kind, folder):
+    """Take the lesson's twenty steps with PEFT; return their losses and the adapter."""
     from transformers import AutoModelForCausalLM
 
-    folder, histories = alone
     base = AutoModelForCausalLM.from_pretrained(inputs[0] / "dense", dtype=torch.float32)
     network = peft.PeftModel.from_pretrained(base, inputs[0] / kind, is_trainable=True)
-    expected = plain_losses(case(inputs, tmp_path, kind), network)
-    assert losses(histories[kind]) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    expected = plain_losses(case(inputs, folder, kind), network)
+    assert len(expected) == 20
     assert expected[-1] < expected[0] - LEARNT, "nothing was learned: the comparison would prove little"
-    network.save_pretrained(tmp_path)
-    assert largest_relative(saved(folder, kind), load_file(tmp_path / "adapter_model.safetensors")) < 1e-3
+    network.save_pretrained(folder)
+    return expected, load_file(folder / "adapter_model.safetensors")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_steps_equal_those_of_peft(inputs, alone, kind, tmp_path):
+    (folder, histories), (expected, adapter) = alone, of_peft(inputs, kind, tmp_path)
+    assert losses(histories[kind]) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert largest_relative(saved(folder, kind), adapter) < 1e-3
+
+
+@pytest.mark.parametrize("long", mostly_full(LONG, []))
+def test_twenty_steps_on_two_ranks_equal_those_of_peft(inputs, two_ranks, long, tmp_path):
+    (folder, histories), (expected, adapter) = two_ranks, of_peft(inputs, "all", tmp_path)
+    assert losses(histories[f"long-{long}"]) == pytest.approx(expected, abs=LOSS_TOLERANCE)
+    assert largest_relative(saved(folder, f"long-{long}"), adapter) < 1e-3
 
 
 @pytest.mark.parametrize("name", mostly_full(LAYOUTS, QUICK_LAYOUTS))
@@ -249,6 +266,30 @@ def test_what_cannot_be_adapted_is_refused(inputs, tmp_path):
         checkpoint="none", hf_config=inputs[0] / "dense", lora_rank=4
     )
     assert "lm_heads is neither of model.embed_tokens, lm_head" in refused(lora_rank=4, lora_save_modules="lm_heads")
+
+
+@pytest.mark.parametrize("kind", ["some", "whole"])
+def test_the_planner_counts_what_is_trained(inputs, alone, kind, tmp_path):
+    config = case(inputs, tmp_path, kind)
+    source = find_model(config.model)
+    tuning = Lora.of(config, source).tuning
+    assert trained_parameters(source.plan, tuning) == sum(map(torch.numel, saved(alone[0], kind).values()))
+    assert len(tuning.whole) == 2 * (kind == "whole")
+
+
+def test_an_adapter_for_other_weights_or_damaged_is_refused(inputs, alone, tmp_path):
+    (step,) = (alone[0] / "short" / "checkpoint" / "sft").glob("iter_*")
+    write_model(tmp_path / "other", tied=False, head_dim=10, seed=5)
+    config = lesson(tmp_path / "other", inputs[1], tmp_path / "out", adapter=step)
+    with pytest.raises(
+        CheckpointError, match=r"was trained on \S*dense \(weights hf:\w+\), \S*other has other weights"
+    ):
+        Lora.of(config, find_model(config.model))
+    damaged = shutil.copytree(inputs[0] / "all", tmp_path / "damaged") / "adapter_model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-100])
+    config = lesson(inputs[0] / "dense", inputs[1], tmp_path / "out", adapter=damaged.parent)
+    with pytest.raises(CheckpointError, match=r"adapter_model.safetensors: .*header promises"):
+        Lora.of(config, find_model(config.model))
 
 
 def test_a_step_with_an_adapter_is_no_model(inputs, alone, tmp_path):

@@ -229,10 +229,35 @@ def test_other_data_in_a_used_folder_is_refused_with_old_and_new(inputs, tmp_pat
 
 
 def test_a_dataset_without_a_manifest_is_told_from_another_with_the_same_index(tmp_path):
-    from toolkits.training.run_folder import dataset_fingerprint
+    from data_preprocessing.dataset import dataset_fingerprint
 
     one, other = (
         write_index(document_prefix(tmp_path / name), [[first, 5, 2]] * 9) for name, first in (("one", 3), ("other", 4))
     )
     assert one.with_name(f"{one.name}.idx").read_bytes() == other.with_name(f"{other.name}.idx").read_bytes()
     assert dataset_fingerprint(one) != dataset_fingerprint(other)
+
+
+def test_the_disk_that_adapters_need_is_that_of_adapters(inputs, tmp_path, monkeypatch):
+    from toolkits.training.layout import layout_of
+    from toolkits.training.lora import Lora
+    from toolkits.training.sources import find_data, find_model
+
+    asked = []
+    monkeypatch.setattr(module, "require_space", lambda _, needed: asked.append(needed))
+
+    def needed(**changes):
+        values = {"checkpoint": str(inputs["model"]), "data": str(inputs["talks"]), "output": tmp_path / "out"}
+        values |= {"seq_len": 128, "train_iters": 3, "global_batch_size": 1, "precision": "fp32"}
+        config = TrainConfig.from_values(values | changes)
+        source = find_model(config.model)
+        layout = layout_of(config, source.settings, 1)
+        plan = module.RunPlan(config, source, find_data(config.data, source), layout, Lora.of(config, source))
+        module._require_space(plan)
+        return asked.pop(), source.plan.num_parameters
+
+    full, parameters = needed()
+    assert full == parameters * (4 + 12)
+    adapters, _ = needed(lora_rank=1)
+    exported, _ = needed(lora_rank=1, export_hf=True)
+    assert adapters < full / 10 and exported == adapters + 4 * parameters

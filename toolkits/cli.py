@@ -16,6 +16,7 @@ COMMANDS = {
     "pipeline": ("toolkits.commands.pipeline", "pipeline", "Run stages of training, each made of the ones before."),
     "plan": ("toolkits.commands.plan", "plan", "What a run needs, which layouts fit, and its launcher line."),
     "runs": ("toolkits.commands.runs", "runs", "List runs, and show one with its curve and its lineage."),
+    "score": ("toolkits.commands.score", "score", "Score answers with a reward model."),
     "train": ("toolkits.commands.train", "train", "Tune a model with Megatron-core."),
     "verify": ("toolkits.commands.verify", "verify", "Run a model on both sides; check a family."),
 }

@@ -43,8 +43,8 @@ def family_for(hf_config: Mapping[str, object]) -> ModelFamily:
     architectures = hf_config.get("architectures")
     named = [str(name) for name in architectures] if isinstance(architectures, list) else []
     for family in FAMILIES:
-        if named and named[0] in family.architectures:
+        if named and named[0] in family.architectures + family.reward_architectures:
             return family
-    supported = ", ".join(name for family in FAMILIES for name in family.architectures)
+    supported = ", ".join(name for family in FAMILIES for name in family.architectures + family.reward_architectures)
     said = ", ".join(named) or "(config.json names none)"
     raise CheckpointError(f"architecture {said} is not supported; supported: {supported}")

@@ -108,6 +108,7 @@ EXACT_WHEN = (
 DEEPSEEK_V2 = ModelFamily(
     name="deepseek_v2",
     architectures=("DeepseekV2ForCausalLM",),
+    reward_architectures=("DeepseekV2ForSequenceClassification",),
     settings=SETTINGS,
     constants=CONSTANTS,
     rules=RULES,
@@ -137,6 +138,7 @@ DEEPSEEK_V3 = dataclasses.replace(
     DEEPSEEK_V2,
     name="deepseek_v3",
     architectures=("DeepseekV3ForCausalLM",),
+    reward_architectures=("DeepseekV3ForSequenceClassification",),
     settings=(
         *SETTINGS,
         Setting("routed_scaling_factor", "moe_router_topk_scaling_factor", "number", default=2.5),

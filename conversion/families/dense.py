@@ -51,7 +51,8 @@ _EMBEDDING = "embedding.word_embeddings.weight"
 EMBEDDING = (Rule(_EMBEDDING, {"model.embed_tokens.weight": ("vocab", "hidden")}),)
 OUTPUT = (
     Rule("decoder.final_layernorm.weight", {"model.norm.weight": ("hidden",)}),
-    Rule("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, tied_to=_EMBEDDING),
+    Rule("output_layer.weight", {"lm_head.weight": ("vocab", "hidden")}, tied_to=_EMBEDDING, unless="reward_head"),
+    Rule("reward_head.weight", {"score.weight": ("one", "hidden")}, only_if="reward_head"),
 )
 
 INPUT_NORM = (Rule(_ATTENTION + "linear_qkv.layer_norm_weight", {_HF_LAYER + "input_layernorm.weight": ("hidden",)}),)

@@ -111,6 +111,7 @@ class ModelFamily:
     settings: tuple[Setting, ...]
     constants: Mapping[str, object]  # Megatron-core settings that every member shares
     rules: tuple[Rule, ...]  # in the order of the HuggingFace file
+    reward_architectures: tuple[str, ...] = ()  # with one score in place of the words, one for each architecture
     expert_layers: ExpertLayers | None = None  # None: no layer has experts
     prediction_layers: PredictionLayers | None = None
     exact_when: tuple[Condition, ...] = ()

@@ -16,6 +16,7 @@ _SCALED_EMBEDDING = "its embeddings are multiplied by sqrt(hidden_size), which m
 GEMMA2 = ModelFamily(
     name="gemma2",
     architectures=("Gemma2ForCausalLM",),
+    reward_architectures=("Gemma2ForSequenceClassification",),
     settings=(
         *dense.SETTINGS,
         dense.ATTENTION_BIAS,
@@ -35,6 +36,7 @@ GEMMA3 = dataclasses.replace(
     GEMMA2,
     name="gemma3",
     architectures=("Gemma3ForCausalLM",),
+    reward_architectures=("Gemma3TextForSequenceClassification",),
     settings=(
         *GEMMA2.settings,
         Setting(

@@ -10,6 +10,7 @@ _LAYER = "model.layers.{layer}."
 GLM = ModelFamily(
     name="glm",
     architectures=("GlmForCausalLM",),
+    reward_architectures=("GlmForSequenceClassification",),
     settings=(
         *dense.SETTINGS,
         dataclasses.replace(dense.ATTENTION_BIAS, default=True),
@@ -25,6 +26,7 @@ GLM4 = dataclasses.replace(
     GLM,
     name="glm4",
     architectures=("Glm4ForCausalLM",),
+    reward_architectures=("Glm4ForSequenceClassification",),
     rules=(
         *GLM.rules,
         Rule(dense.POST_ATTENTION_NORM, {_LAYER + "post_self_attn_layernorm.weight": ("hidden",)}),

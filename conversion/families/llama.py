@@ -16,6 +16,7 @@ def _rope(name: str) -> tuple[str, str]:
 LLAMA = ModelFamily(
     name="llama",
     architectures=("LlamaForCausalLM",),
+    reward_architectures=("LlamaForSequenceClassification",),
     settings=(
         *dense.SETTINGS,
         dense.ATTENTION_BIAS,
@@ -42,6 +43,7 @@ LLAMA = ModelFamily(
 MISTRAL = ModelFamily(
     name="mistral",
     architectures=("MistralForCausalLM",),
+    reward_architectures=("MistralForSequenceClassification",),
     settings=dense.SETTINGS,
     constants=dense.CONSTANTS,
     rules=dense.EMBEDDING + dense.ATTENTION + dense.MLP + dense.OUTPUT,
@@ -57,6 +59,7 @@ MIXTRAL = dataclasses.replace(
     MISTRAL,
     name="mixtral",
     architectures=("MixtralForCausalLM",),
+    reward_architectures=("MixtralForSequenceClassification",),
     settings=(
         *MISTRAL.settings,
         Setting(("num_local_experts", "num_experts"), "num_moe_experts", "count"),

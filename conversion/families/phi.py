@@ -6,6 +6,7 @@ from .family import ModelFamily
 PHI3 = ModelFamily(
     name="phi3",
     architectures=("Phi3ForCausalLM",),
+    reward_architectures=("Phi3ForSequenceClassification",),
     settings=(*dense.SETTINGS, dense.PARTIAL_ROTARY),
     constants=dense.CONSTANTS,
     rules=dense.EMBEDDING

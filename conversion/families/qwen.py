@@ -8,6 +8,7 @@ from .family import ExpertLayers, ModelFamily, Setting
 QWEN2 = ModelFamily(
     name="qwen2",
     architectures=("Qwen2ForCausalLM",),
+    reward_architectures=("Qwen2ForSequenceClassification",),
     settings=dense.SETTINGS,
     constants={**dense.CONSTANTS, "add_qkv_bias": True},
     rules=dense.EMBEDDING + dense.ATTENTION + dense.MLP + dense.OUTPUT,
@@ -17,6 +18,7 @@ QWEN2 = ModelFamily(
 QWEN3 = ModelFamily(
     name="qwen3",
     architectures=("Qwen3ForCausalLM",),
+    reward_architectures=("Qwen3ForSequenceClassification",),
     settings=(*dense.SETTINGS, dense.ATTENTION_BIAS, Setting("head_dim", "kv_channels", default=128)),
     constants={**dense.CONSTANTS, "qk_layernorm": True},
     rules=dense.EMBEDDING + dense.ATTENTION + dense.PROJ_BIAS + dense.QK_NORM + dense.MLP + dense.OUTPUT,
@@ -27,6 +29,7 @@ QWEN2_MOE = dataclasses.replace(
     QWEN2,
     name="qwen2_moe",
     architectures=("Qwen2MoeForCausalLM",),
+    reward_architectures=("Qwen2MoeForSequenceClassification",),
     settings=(
         *QWEN2.settings,
         *moe.SETTINGS,
@@ -42,6 +45,7 @@ QWEN3_MOE = dataclasses.replace(
     QWEN3,
     name="qwen3_moe",
     architectures=("Qwen3MoeForCausalLM",),
+    reward_architectures=("Qwen3MoeForSequenceClassification",),
     settings=(*dense.SETTINGS, dense.ATTENTION_BIAS, *moe.SETTINGS),
     constants={**QWEN3.constants, **moe.CONSTANTS},
     rules=QWEN3.rules + moe.NORM + moe.ROUTER + moe.EXPERTS,

@@ -50,10 +50,11 @@ def verify(
 
     tokens = _tokens(pair[0], texts, file, max_tokens)
     found = compare_logits(*pair, tokens)
+    what = "logits" if found.of_words else "scores"
     said = (
-        f"{found.tokens:,} tokens: max difference {found.difference:.2e} where logits reach {found.largest:.1f}, "
-        f"{found.relative:.2e} of them (tolerance {tolerance:g}); same most likely token at {found.agreed:,}"
-    )
+        f"{found.tokens:,} tokens: max difference {found.difference:.2e} where {what} reach {found.largest:.1f}, "
+        f"{found.relative:.2e} of them (tolerance {tolerance:g})"
+    ) + found.of_words * f"; same most likely token at {found.agreed:,}"
     if not found.relative <= tolerance:
         raise CheckpointError(f"{pair[0]} and {pair[1]} are not the same model. {said}")
     click.echo(f"same model. {said}")

@@ -7,7 +7,7 @@ from typing import Any
 from ..foundation.errors import DataError, raise_all
 from ..foundation.progress import Progress
 from .decoding import Decoded, Decoder, Decoding, Reason, Step, Watching
-from .loading import Source, load_model, require_huggingface
+from .loading import Source, load_model, require_huggingface, require_kind
 from .prompts import MOST_PROBLEMS, Question
 from .texts import Texts
 
@@ -36,6 +36,7 @@ class Generator:
 
     def __init__(self, source: Source, decoding: Decoding, *, template: bool = True) -> None:
         require_huggingface(source.folder)
+        require_kind(source, scores=False)
         self.texts = Texts(source.folder, template=template)  # what it lacks is said before minutes go into loading
         self.decoder = Decoder(load_model(source), self.texts.ends(), decoding)
 
@@ -53,7 +54,7 @@ class Generator:
         answers: dict[int, Answer] = {}
         with Progress("answering", len(questions), unit="answers") as progress:
             watching = Watching(step=_Counted(progress))
-            for batch in _batches([len(each) for each in tokens], batch_size):
+            for batch in batches_of([len(each) for each in tokens], batch_size):
                 found = self.decoder.decode([tokens[number] for number in batch], batch, watching=watching)
                 answers |= {
                     number: self._answer(questions[number], one) for number, one in zip(batch, found, strict=True)
@@ -96,8 +97,8 @@ class _Counted:
         self._progress.advance(step.ended, beside=f"{self._tokens:,} tokens")
 
 
-def _batches(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
-    """Yield the numbers of questions, alike in length, the longest first: memory that runs out does so at once."""
+def batches_of(lengths: Sequence[int], size: int) -> Iterator[list[int]]:
+    """Yield the numbers of texts, alike in length, the longest first: memory that runs out does so at once."""
     order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
     for start in range(0, len(order), size):
         yield order[start : start + size]

@@ -16,7 +16,9 @@ from conversion.mcore_directory import is_mcore_directory, step_folders
 from conversion.merge import Merged
 from conversion.options import Options
 from conversion.quantized import Format
+from conversion.reward_model import is_classifier, is_of_reward_model, require_words
 from conversion.safe_files import read_json
+from conversion.settings import label_count
 
 from ..foundation.errors import CheckpointError, MachineError, TemperError, UsageError, raise_all
 from ..foundation.progress import Progress
@@ -47,8 +49,10 @@ class Source:
             raise UsageError("--quantized-base says what an adapter is added to: give --adapter too")
 
 
-def load_model(source: Source) -> "PreTrainedModel":
+def load_model(source: Source, *, scores: bool = False) -> "PreTrainedModel":
     """Return the model on its device, in evaluation mode; nothing is fetched and no code of the folder is run.
+
+    With `scores` it is a reward model.
 
     An adapter is added as `temper convert merge` adds it: in fp32, from the checkpoint's own weights, rounded once.
     Raises CheckpointError for a folder that does not load, UsageError and MachineError for a type or a device.
@@ -61,7 +65,7 @@ def load_model(source: Source) -> "PreTrainedModel":
     require_huggingface(source.folder)
     with explain_memory(f"loading {source.folder}", "--dtype bfloat16, or --device cpu"):
         if source.adapter is None:
-            model, found = _loaded(source.folder, dtype)
+            model, found = _loaded(source.folder, dtype, scores=scores)
         else:
             model, found = _loaded_with(source, source.adapter)
         _check_complete(source.folder, found)
@@ -112,6 +116,20 @@ def require_huggingface(folder: Path) -> None:
     read_headers(folder)  # whole files, and no pickle that would execute
 
 
+def require_kind(source: Source, *, scores: bool) -> None:
+    """Raise UsageError for a reward model where words are wanted, and the other way round; both by what files say."""
+    config, file = read_config(source.folder), source.folder / CONFIG_FILE
+    if not scores:
+        require_words(config, source.folder, instead="`temper score` asks it")
+        if source.adapter is not None and is_of_reward_model(source.adapter):
+            raise UsageError(f"{source.adapter} makes a reward model of its base: `temper score` asks it")
+    elif not is_classifier(config) and (source.adapter is None or not is_of_reward_model(source.adapter)):
+        named = config.get("architectures")
+        raise UsageError(f"{file} says {named}, which has no score; `temper train reward` gives it one")
+    elif is_classifier(config) and (count := label_count(config)) != 1:
+        raise UsageError(f"{file} describes {count} labels (id2label); a reward model has one score")
+
+
 def _of_megatron(folder: Path) -> str:
     """Say how a Megatron-core directory, or one of its steps, becomes something to generate with."""
     adapted = [step for step in (folder, *step_folders(folder)) if (step / ADAPTER_CONFIG).is_file()]
@@ -131,10 +149,10 @@ def _base_of(adapter: Path) -> str:
     return str(read_json(adapter / ADAPTER_CONFIG).get("base_model_name_or_path") or "BASE")
 
 
-def _loaded(folder: Path, dtype: torch.dtype | None) -> tuple["PreTrainedModel", Mapping[str, Any]]:
+def _loaded(folder: Path, dtype: torch.dtype | None, *, scores: bool) -> tuple["PreTrainedModel", Mapping[str, Any]]:
     import transformers
 
-    kind: Any = transformers.AutoModelForCausalLM
+    kind: Any = transformers.AutoModelForSequenceClassification if scores else transformers.AutoModelForCausalLM
     with _blame(folder):
         return kind.from_pretrained(
             folder, dtype=dtype or "auto", local_files_only=True, trust_remote_code=False, output_loading_info=True
@@ -163,6 +181,8 @@ def _loaded_with(source: Source, adapter: Path) -> tuple["PreTrainedModel", Mapp
         raise MachineError(f"transformers {transformers.__version__} has no {merged.config['architectures'][0]}")
     with _blame(folder):
         theirs = transformers.AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if merged.gets_head:
+            theirs.num_labels, theirs.pad_token_id = 1, merged.config.get("pad_token_id")
         stored = next(iter(weights.values())).dtype
         return kind.from_pretrained(None, config=theirs, state_dict=weights, dtype=stored, output_loading_info=True)
 

@@ -48,6 +48,14 @@ class Texts:
             raise error
         return samples.tokens.tolist()
 
+    def whole(self, conversation: Conversation) -> list[int]:
+        """Return the tokens of a conversation with its answers, as a dataset has them; RowError as for `tokens`."""
+        assert self._chat is not None
+        samples = self._chat.encode([self._chat.render(conversation)])
+        for error in samples.errors.values():
+            raise error
+        return samples.tokens.tolist()
+
     def ends(self) -> list[int]:
         """Return the tokens that end an answer: the model's, the tokenizer's and the template's."""
         ends = set(ends_of(self._folder))

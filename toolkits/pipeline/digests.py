@@ -1,7 +1,6 @@
 """What tells what a stage reads or makes from another of the same name."""
 
 import hashlib
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ from conversion.mcore_directory import find_step, is_mcore_directory
 
 from .stage import NO_MODEL, File, Stage
 
-HEAD = 1 << 16  # bytes of tokens that tell a dataset without a manifest from another
 ADAPTER_CONFIG = "adapter_config.json"
 
 
@@ -24,7 +22,9 @@ def digest_of(file: File) -> str:
     if file.ware == "rows":
         return _rows_digest(file.path)
     if file.ware == "dataset":
-        return dataset_digest(file.path)
+        from data_preprocessing.dataset import dataset_fingerprint
+
+        return dataset_fingerprint(file.path)
     if file.ware == "tokenizer":
         from data_preprocessing.tokenizer import tokenizer_fingerprint
 
@@ -69,21 +69,6 @@ def differences(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
             if old.get(name) != new.get(name):
                 found.append(f"{name}: {_shown(old.get(name))} -> {_shown(new.get(name))}")
     return found
-
-
-def dataset_digest(prefix: Path) -> str:
-    """Return the digest of a dataset's manifest, which has the hashes of its files, else of its index and first tokens.
-
-    It is the one in the fingerprint of a run that trains on it.
-    """
-    from data_preprocessing.dataset import document_prefix
-
-    base = document_prefix(prefix)
-    manifest = Path(f"{base}.json")
-    if manifest.exists():
-        return _short(json.dumps(json.loads(manifest.read_bytes())["files"], sort_keys=True).encode())
-    with open(f"{base}.idx", "rb") as index, open(f"{base}.bin", "rb") as tokens:
-        return _short(hashlib.file_digest(index, "sha256").digest() + tokens.read(HEAD))
 
 
 def _rows_digest(path: Path) -> str:

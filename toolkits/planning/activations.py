@@ -7,6 +7,9 @@ from .layer import INDEX, WIDE, MicroBatch, norm_bytes, tuned_layer_bytes
 from .sizes import Sizes
 from .weights import Tuning, chunk_layers
 
+# What is kept depends on whether they are trained. A tied head is the embedding: neither is trained beside adapters.
+EMBEDDING, HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
+
 
 def kept_layers_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, layers: Iterable[int]) -> int:
     """Return what the layers with these numbers keep of one micro batch until its backward pass, on the GPU."""
@@ -80,7 +83,7 @@ def _chunk_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, stage: int,
     if batch.recompute == "none":
         kept += batch.gathered * INDEX  # where they are among the keys of all ranks
     frozen = tuning.method != "full"
-    if first and not frozen:
+    if first and tuning.trains(EMBEDDING):
         kept += batch.tokens * (INDEX + (batch.tensor > 1))  # which tokens' embeddings this rank holds
     if last:
         kept += norm_bytes(batch, sizes.hidden) - hidden * (frozen and not batch.fused)
@@ -88,10 +91,16 @@ def _chunk_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning, *, stage: int,
     return kept + hidden * ((not last) + (not first and batch.recompute == "offload"))
 
 
-def loss_bytes(sizes: Sizes, batch: MicroBatch) -> int:
-    """Return what the loss saves: labels, the log of the softmax's sum, the final norm's output of all tokens."""
+def loss_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning) -> int:
+    """Return what the loss saves: labels, the log of the softmax's sum, the final norm's output of all tokens.
+
+    With a frozen output layer it is the gradient of that output, which is as large, and nothing else. A reward model's
+    head keeps what the final norm gave this rank.
+    """
+    if sizes.reward_head:
+        return 0
     others = (batch.tokens - batch.inside) * batch.element * sizes.hidden  # of tensor-parallel ranks
-    return batch.tokens * (INDEX + WIDE) + others
+    return others + (batch.tokens * (INDEX + WIDE) if tuning.trains(HEAD) else 0)
 
 
 def logits_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning) -> int:
@@ -99,8 +108,11 @@ def logits_bytes(sizes: Sizes, batch: MicroBatch, tuning: Tuning) -> int:
 
     That gradient is summed in fp32, and beside the sum there is the part that is added.
     """
+    if sizes.reward_head:  # the hidden states of some tokens in fp32, and as much for their gradient; all scores
+        some = -(-batch.inside // -(-batch.inside // LOSS_TOKENS))
+        return WIDE * (2 * some * sizes.hidden + batch.tokens)
     parts = -(-batch.tokens // LOSS_TOKENS)
     rows = -(-sizes.vocab // batch.tensor)
     logits = 2 * batch.element * rows * -(-batch.tokens // parts)
-    gradient = (WIDE + batch.element) * rows * sizes.hidden if tuning.method == "full" else 0
-    return loss_bytes(sizes, batch) + logits + gradient
+    gradient = (WIDE + batch.element) * rows * sizes.hidden if tuning.trains(HEAD) else 0
+    return loss_bytes(sizes, batch, tuning) + logits + gradient

@@ -10,7 +10,7 @@ from ..training.config import TrainConfig
 from .memory import gigabytes
 from .sizes import sizes_of
 from .states import ELEMENT
-from .weights import Tuning, active_parameters, adapter_parameters, model_weights
+from .weights import Tuning, active_parameters, adapter_parameters, model_weights, trained_parameters
 
 QUOTED_RANK = 8  # of the LoRA figures that people quote
 OPTIMIZER_ON_DISK = 12  # bytes a parameter: fp32 weight and two fp32 moments
@@ -90,7 +90,7 @@ def _lora(plan: Plan, rank: int) -> Figure:
 
 def disk_bytes(plan: Plan, config: TrainConfig, tuning: Tuning) -> int:
     """Return the space that checkpoints take: KEEP_LAST and the one being written, weights and optimizer."""
-    count = plan.num_parameters if tuning.method == "full" else adapter_parameters(plan, tuning)
+    count = trained_parameters(plan, tuning)
     return (config.output.keep_last + 1) * count * (ELEMENT[config.compute.precision] + OPTIMIZER_ON_DISK)
 
 

@@ -64,6 +64,8 @@ def report(question: Question, hf_config: Mapping[str, object], *, checkpoint: s
 
 def _line(question: Question, chosen: Candidate, checkpoint: str) -> tuple[str | None, list[str]]:
     name = question.plan.family.name
+    if question.plan.is_reward_model:
+        return None, ["a reward model has no launcher; `temper train reward --help` takes the same settings"]
     launcher = launcher_of(name)
     if launcher is None:
         return None, [f"family {name} has no launcher yet; `temper train sft --help` takes the same settings"]

@@ -57,6 +57,7 @@ class Sizes:
     qk_norm: bool
     experts: Experts | None = None
     latent: Latent | None = None
+    reward_head: bool = False  # one score a token in the place of the words
 
     @property
     def query(self) -> int:
@@ -109,6 +110,7 @@ def sizes_of(plan: Plan) -> Sizes:
         qk_norm=bool(said.get("qk_layernorm", False)) and not latent,
         experts=_experts(plan.settings, said) if "num_moe_experts" in said else None,
         latent=_latent(plan.settings, said) if latent else None,
+        reward_head=plan.is_reward_model,
     )
 
 

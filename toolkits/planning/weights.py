@@ -60,13 +60,18 @@ class Tuning:
     """What is trained: all weights, or low-rank adapters on matrices of the layers (Hu et al., 2021).
 
     `targets` are the ends of their HuggingFace names; None: every matrix. `quantize` is the format of all matrices of
-    the layers when the method is qlora.
+    the layers when the method is qlora. `whole` are weights by megatron-core's names that are trained beside adapters.
     """
 
     method: Method = "full"
     lora_rank: int = 16
     targets: frozenset[str] | None = None
     quantize: Format = "nf4"
+    whole: frozenset[str] = frozenset()
+
+    def trains(self, name: str) -> bool:
+        """Whether the weight that megatron-core calls so is trained itself."""
+        return self.method == "full" or name in self.whole
 
     def takes(self, name: str) -> bool:
         """Whether layers whose HuggingFace name ends like this have an adapter."""
@@ -88,13 +93,15 @@ class Weight:
 
     def frozen_bytes(self, tuning: Tuning, element: int) -> int:
         """Return the bytes that it takes where it is not trained; `element` are those of a number of the run."""
+        if tuning.trains(self.name):
+            return 0
         if self.linear and tuning.method == "qlora":
             return self.nf4 if tuning.quantize == "nf4" else self.int8
         return self.count * element
 
     def trained(self, tuning: Tuning) -> list["Weight"]:
         """Return what is trained of it, or instead of it, in megatron-core's order."""
-        if tuning.method == "full":
+        if tuning.trains(self.name):
             return [self]
         return [
             Weight(f"{self.name}.adapter", side * tuning.lora_rank, expert=self.expert)
@@ -180,6 +187,14 @@ def adapter_parameters(plan: Plan, tuning: Tuning) -> int:
     """Return the parameters of LoRA adapters: rank x (rows + columns) of each matrix that has one."""
     parts = (part for step in plan.steps if step.is_linear for part in step.parts)
     return tuning.lora_rank * sum(sum(part.shape) for part in parts if tuning.takes(_end(part)))
+
+
+def trained_parameters(plan: Plan, tuning: Tuning) -> int:
+    """Return the parameters that a run trains, and whose checkpoints hold."""
+    if tuning.method == "full":
+        return plan.num_parameters
+    whole = sum(math.prod(step.shape) for step in plan.steps if tuning.trains(step.key))
+    return whole + adapter_parameters(plan, tuning)
 
 
 def _layers(plan: Plan, layout: Layout) -> list[list[Weight]]:

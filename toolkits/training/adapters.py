@@ -18,12 +18,14 @@ from megatron.core.tensor_parallel import ColumnParallelLinear
 from megatron.core.transformer.utils import ensure_metadata_has_dp_cp_group
 
 from conversion.adapters import LinearPart, linear_parts
-from conversion.plan import Plan, Step
+from conversion.plan import REWARD_HEAD, Plan, Step
 
 from .lora import Lora
 from .parallel.adapter import LoraAdapter, Matrices, PartOfLinear, stand_beside
 from .parallel.model import Chunks, PaddedVocabularyGPT
 from .weights import layer_of, load_slices
+
+OUTPUT = "output_layer"  # megatron-core's name of whatever the model ends with
 
 
 def attach(chunks: Chunks, lora: Lora, plan: Plan, *, seed: int) -> None:
@@ -87,6 +89,8 @@ def _adapters(chunk: torch.nn.Module) -> Iterator[tuple[str, LoraAdapter]]:
 
 def _whole_weights(chunk: PaddedVocabularyGPT, lora: Lora) -> Iterator[torch.Tensor]:
     keys = {step.key for step in lora.whole.values()}
+    if REWARD_HEAD in keys:
+        keys.add(f"{OUTPUT}.weight")
     return (weight for name, weight in chunk.named_parameters() if name in keys)
 
 
@@ -125,7 +129,8 @@ class _WholeWeights:
 
     @property
     def tensors(self) -> dict[str, Step]:
-        return {step.key: step for step in self.lora.whole.values()}
+        assert self.lora.origin is not None
+        return {step.key: step for step in self.lora.origin.whole.values()}
 
     def read(self, key: str, start: tuple[int, ...], shape: tuple[int, ...]) -> torch.Tensor:
         assert self.lora.origin is not None
@@ -136,7 +141,7 @@ class _WholeWeights:
 def adapter_state(chunk: PaddedVocabularyGPT) -> dict[str, Any]:
     """Return the sharded state of what is trained: {parameter: its place in the HuggingFace layer's matrix}."""
     state: dict[str, Any] = {}
-    for module in ("embedding.word_embeddings", "output_layer"):
+    for module in ("embedding.word_embeddings", OUTPUT):
         layer = _submodule(chunk, module)
         if layer is not None and layer.weight is not None and layer.weight.requires_grad:
             whole = layer.sharded_state_dict(f"{module}.", metadata=ensure_metadata_has_dp_cp_group({}))

@@ -27,12 +27,14 @@ class Answers:
     """The documents of a micro batch of answers; of pairs, better and worse in turn, pair after pair; all [n].
 
     `places` int64: which of the packed sequences each is. `numbers` int64: of the documents in their dataset.
-    `reference` fp32: the log-probability of their trained tokens under the reference, 0 where nobody has asked it.
-    `good` fp32: 1 or 0, of single answers; `baseline` fp32 [], what these are held against.
+    `ends` int64: which of its tokens a reward model's score is that of. `reference` fp32: the log-probability of their
+    trained tokens under the reference, 0 where nobody has asked it. `good` fp32: 1 or 0, of single answers; `baseline`
+    fp32 [], what these are held against.
     """
 
     places: torch.Tensor
     numbers: torch.Tensor
+    ends: torch.Tensor
     reference: torch.Tensor
     good: torch.Tensor
     baseline: torch.Tensor | None = None
@@ -136,7 +138,8 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
             labels[predicting] = found[1:]
             mask[predicting] = 1 if part.every_token else part.dataset.mask(document)[start + 1 : start + count + 1]
             if part.holds_answers:
-                answers.append((len(ends), *part.told_of(document)))
+                end = end_of(found[:count], part.pad_token)
+                answers.append((len(ends), document, end, *part.told_of(document)))
             ends.append(at := at + -(-count // multiple) * multiple)
         if at < (place + 1) * length:
             ends.append((place + 1) * length)
@@ -147,11 +150,18 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
     return MicroBatch(*tensors, packed=packed, answers=told)  # type: ignore[misc]
 
 
+def end_of(tokens: np.ndarray, pad_token: int | None) -> int:
+    """Return where a sequence ends as transformers sees it: at its last token that is not the pad token."""
+    if pad_token is None:
+        return len(tokens) - 1
+    return int((np.arange(len(tokens)) * (tokens != pad_token)).argmax())
+
+
 def _answers(told: Sequence[tuple[float, ...]]) -> Answers:
-    places, numbers, reference, good = np.array(told, np.float64).reshape(-1, 4).T
+    places, numbers, ends, reference, good = np.array(told, np.float64).reshape(-1, 5).T
     whole, real = (
-        [torch.from_numpy(each.astype(kind)) for each in two]
-        for kind, two in ((np.int64, (places, numbers)), (np.float32, (reference, good)))
+        [torch.from_numpy(each.astype(kind)) for each in some]
+        for kind, some in ((np.int64, (places, numbers, ends)), (np.float32, (reference, good)))
     )
     return Answers(*whole, *real)
 

@@ -148,9 +148,10 @@ def _exact_vocabulary(state: dict[str, Any], rows: int) -> None:
     So a checkpoint has exactly config.vocab_size rows and knows no TP. The optimizer's entries keep the
     padding: they belong to the layout that wrote them.
     """
-    for name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    vocabulary = ("embedding.word_embeddings.weight", "output_layer.weight")
+    for name in vocabulary:
         tensor = state.get(name)
-        if tensor is None or tensor.global_shape[0] == rows:
+        if tensor is None or tensor.key not in vocabulary or tensor.global_shape[0] == rows:
             continue
         kept = max(0, min(tensor.local_shape[0], rows - tensor.global_offset[0]))
         data = tensor.data.detach()[:kept]

@@ -19,6 +19,7 @@ from .settings import (
     OutputSettings,
     PreferenceSettings,
     ReferenceSettings,
+    RewardSettings,
 )
 
 
@@ -34,6 +35,7 @@ class TrainConfig:
     lora: LoraSettings
     reference: ReferenceSettings
     preference: PreferenceSettings
+    reward: RewardSettings
     kto: KtoSettings
     optimizer: OptimizerSettings
     output: OutputSettings

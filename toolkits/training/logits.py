@@ -11,7 +11,7 @@ import torch
 
 from conversion.hf_checkpoint import read_config
 from conversion.mcore_directory import find_step, hf_folder
-from conversion.settings import mcore_settings, untrainable_reasons
+from conversion.settings import is_reward_model, mcore_settings, untrainable_reasons
 
 from ..foundation.errors import CheckpointError, UsageError
 from .layout import Layout
@@ -31,6 +31,7 @@ class Comparison:
     agreed: int
     difference: float  # the largest, absolute
     largest: float  # the largest logit, absolute
+    of_words: bool = True  # False: of a reward model's scores
 
     @property
     def relative(self) -> float:
@@ -69,7 +70,7 @@ def compare_logits(hf: Path, mcore: Path, tokens: Sequence[int]) -> Comparison:
     for reason in untrainable_reasons(config):
         print(f"note: {reason}", file=sys.stderr, flush=True)
     with torch.no_grad():
-        theirs = of_transformers(hf, rows)
+        theirs = of_transformers(hf, rows, scores=is_reward_model(config))
         ours = _of_megatron_alone(step, mcore_settings(config), rows)
     if theirs[0].shape != ours[0].shape:
         sizes = f"{theirs[0].shape[-1]} and {ours[0].shape[-1]}"
@@ -86,18 +87,21 @@ def compared(theirs: Sequence[torch.Tensor], ours: Sequence[torch.Tensor]) -> Co
         # A NaN on one side is no small difference.
         difference=max(float((a - b).abs().nan_to_num(nan=torch.inf).max()) for a, b in pairs),
         largest=max(float(a.abs().max()) for a in theirs),
+        of_words=theirs[0].shape[-1] > 1,
     )
 
 
-def of_transformers(directory: Path, rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def of_transformers(directory: Path, rows: Sequence[torch.Tensor], *, scores: bool = False) -> list[torch.Tensor]:
     """Return the logits fp32 [b, s, vocabulary] that transformers computes for each `rows` of token ids [b, s].
 
-    Raises CheckpointError when transformers cannot load the directory.
+    With `scores` it is a reward model, and they are [b, s, 1]. Raises CheckpointError when transformers cannot load
+    the directory.
     """
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    kind: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        model = kind.from_pretrained(
             directory,
             dtype=torch.float32,
             attn_implementation="eager",
@@ -107,6 +111,8 @@ def of_transformers(directory: Path, rows: Sequence[torch.Tensor]) -> list[torch
     except Exception as error:  # whatever transformers raises, it is the folder's fault
         raise CheckpointError(f"{directory}: transformers cannot load it: {error}") from None
     model.eval()
+    if scores:  # of every token, where the model itself gives that of the last
+        return [model.score(model.base_model(row).last_hidden_state).float() for row in rows]
     return [model(row).logits.float() for row in rows]
 
 
@@ -125,6 +131,7 @@ def of_megatron(
 ) -> list[torch.Tensor]:
     """Return the logits fp32 [b, s, vocabulary] that GPTModel computes for each `rows` of token ids [b, s].
 
+    A reward model gives scores [b, s, 1].
     All ranks of `layout`, whose process groups are up, call it; those that are not of the last pipeline stage get an
     empty list. `step` is a torch_dist folder; raises CheckpointError when it does not fit `settings`.
     """
@@ -137,13 +144,15 @@ def of_megatron(
     for chunk in chunks:
         chunk.eval()
     with torch.no_grad():
-        return [logits[..., : settings["vocab_size"]].float().cpu() for row in rows for logits in forward(chunks, row)]
+        found = [output.float().cpu() for row in rows for output in forward(chunks, row)]
+    return [each[..., None] if settings["reward_head"] else each[..., : settings["vocab_size"]] for each in found]
 
 
 def forward(chunks: "Chunks", row: torch.Tensor) -> list[torch.Tensor]:
     """Run token ids [b, s] through the pipeline by megatron-core's own schedule.
 
-    Returns one tensor of logits [b, s, padded vocabulary] on the last stage, nothing on the others.
+    Returns one tensor of logits [b, s, padded vocabulary] on the last stage, of a reward model scores [b, s], and
+    nothing on the others.
     """
     from megatron.core.pipeline_parallel import get_forward_backward_func
 

@@ -1,12 +1,14 @@
 """LoRA as the settings ask for it: which layers have adapters, how large, and what they start from."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from conversion.adapters import (
+    REWARD_TASK,
+    WORDS_TASK,
     Adapter,
     AdapterConfig,
     explicit_targets,
@@ -55,7 +57,7 @@ class Lora:
             origin = Adapter(settings.adapter, plan)
             if (folder := source.hf_weights or source.mcore_weights) is not None:
                 origin.require_base(folder)
-            modules, said = origin.modules, origin.config
+            modules, said = origin.modules, _of_task(origin.config, plan)
         else:
             origin, said = None, _config(settings, plan)
             modules = said.targeted(list(linear_parts(plan)))
@@ -68,7 +70,8 @@ class Lora:
     def tuning(self) -> Tuning:
         """What is trained, as the planner has it."""
         targets = frozenset(module.rpartition(".")[2] for module in self.modules)
-        return Tuning("qlora" if self.quantize else "lora", self.config.rank, targets, self.quantize or "nf4")
+        whole = frozenset(step.key for step in self.whole.values())
+        return Tuning("qlora" if self.quantize else "lora", self.config.rank, targets, self.quantize or "nf4", whole)
 
     def require_layout(self, plan: Plan, layout: Layout) -> None:
         """Raise UsageError when a chunk of the model would have nothing to train."""
@@ -83,6 +86,13 @@ class Lora:
         raise_all(UsageError, "every pipeline stage needs an adapter to train (--lora-targets)", problems)
 
 
+def _of_task(said: AdapterConfig, plan: Plan) -> AdapterConfig:
+    """Return an adapter's config for training: with a reward model the head is trained, whatever it was before."""
+    if not plan.is_reward_model:
+        return said
+    return replace(said, task=REWARD_TASK, save_modules=tuple(dict.fromkeys((*said.save_modules, "score"))))
+
+
 def _config(settings: LoraSettings, plan: Plan) -> AdapterConfig:
     return AdapterConfig(
         rank=settings.lora_rank,
@@ -90,7 +100,9 @@ def _config(settings: LoraSettings, plan: Plan) -> AdapterConfig:
         targets=explicit_targets(settings.lora_targets, plan),
         dropout=settings.lora_dropout,
         rslora=settings.rslora,
-        save_modules=tuple(name.strip() for name in settings.lora_save_modules.split(",") if name.strip()),
+        save_modules=tuple(name.strip() for name in settings.lora_save_modules.split(",") if name.strip())
+        + (("score",) if plan.is_reward_model else ()),
+        task=REWARD_TASK if plan.is_reward_model else WORDS_TASK,
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from data_preprocessing.blend import Mix
-from data_preprocessing.dataset import Dataset
+from data_preprocessing.dataset import Dataset, dataset_fingerprint
 
 from ..foundation.errors import DataError, InterruptedRun
 from ..foundation.progress import Progress
@@ -29,7 +29,7 @@ from .parallel.sequences import is_first_share, log_probs
 from .parallel.world import context_rank, gather, rank, speaks_for_its_tokens, sum_over_ranks
 from .reporter import Reporter
 from .rows import Rows, SetRows
-from .run_folder import dataset_fingerprint, digest_of, reference_fingerprint
+from .run_folder import digest_of, reference_fingerprint
 from .schedule import Pass
 from .sources import DataSource, ModelSource
 
@@ -79,11 +79,11 @@ def with_baseline(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]
 
 def _asked(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
     """Return the micro batches with the model as their reference; a stage without the output needs none."""
-    scores = _scores(work, batches) or [None] * len(batches)
+    scores = _scores(work, batches)
+    if not scores:
+        return list(batches)
     return [
-        batch
-        if sums is None or batch.answers is None
-        else replace(batch, answers=replace(batch.answers, reference=sums))
+        replace(batch, answers=batch.answers and replace(batch.answers, reference=sums))
         for batch, sums in zip(batches, scores, strict=True)
     ]
 

@@ -85,7 +85,7 @@ def select(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[st
         short = len(dataset) - len(kept)
         remarks = [f"{dataset.path}: {short:,} documents were left out: they have one token or none"] if short else []
         return Selection(dataset, kept[:, None], np.asarray(dataset.lengths)[kept, None]), remarks
-    selection, remarks = (_fitting_pairs if settings.rows == "pairs" else _fitting)(dataset, settings)
+    selection, remarks = (_fitting if settings.rows == "conversations" else _fitting_whole)(dataset, settings)
     if not len(selection):
         what = settings.rows.removesuffix("s")
         raise DataError(f"{dataset.path}: no {what} with a trained token fits --seq-len {settings.seq_len}")
@@ -99,7 +99,8 @@ class SetRows:
     `documents` [n] lie end to end, `ends` int64 [n] says where each of them ends; `borders` int64 [rows + 1]
     where each row begins, and where the last one ends. `kind` is --rows. Of answers, by their number in the dataset:
     `reference` fp32, the log-probability of the trained tokens under the reference, and `good` bool; `others` are the
-    same rows with answers to other prompts.
+    same rows with answers to other prompts. `pad_token` is what transformers takes for padding when it looks for the
+    last token of a row; None: nothing.
     """
 
     dataset: Dataset | Mismatched
@@ -109,6 +110,7 @@ class SetRows:
     row_tokens: int
     kind: RowKind = "conversations"
     reference: np.ndarray | None = None
+    pad_token: int | None = None
     good: np.ndarray | None = None
     others: "SetRows | None" = None
 
@@ -125,10 +127,10 @@ class SetRows:
         """Whether documents are answers that are compared."""
         return self.kind in ("pairs", "answers")
 
-    def told_of(self, document: int) -> tuple[float, float, float]:
-        """Return an answer's number, its log-probability under the reference and whether it is good, 0 if not known."""
+    def told_of(self, document: int) -> tuple[float, float]:
+        """Return an answer's log-probability under the reference and whether it is good, 0 where it is not known."""
         reference, good = (0.0 if of is None else float(of[document]) for of in (self.reference, self.good))
-        return document, reference, good
+        return reference, good
 
     @property
     def num_tokens(self) -> int:
@@ -265,26 +267,24 @@ def _fitting(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[
     return Selection(dataset, kept[:, None], fitted.lengths[kept, None]), remarks
 
 
-def _fitting_pairs(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[str]]:
-    """Return the pairs of which both answers fit with their prompt: one that is cut is not what was judged."""
-    lengths = np.array(dataset.lengths, dtype=np.int64).reshape(-1, 2)
-    targets = dataset.trained_targets().reshape(-1, 2)
-    long = (lengths > settings.seq_len).any(axis=1)
+def _fitting_whole(dataset: Dataset, settings: DataSettings) -> tuple[Selection, list[str]]:
+    """Return the pairs or answers that fit whole with their prompt: one that is cut is not what was judged."""
+    unit, rows, seq_len = UNITS[settings.rows], settings.rows, settings.seq_len
+    lengths = np.array(dataset.lengths, dtype=np.int64).reshape(-1, unit)
+    targets = dataset.trained_targets().reshape(-1, unit)
+    long = (lengths > seq_len).any(axis=1)
     if settings.too_long == "stop" and long.any():
         raise DataError(
-            f"{dataset.path}: {long.sum():,} of {len(long):,} pairs have an answer over SEQ_LEN {settings.seq_len} "
-            f"with its prompt, the longest {lengths.max():,} tokens (pair {int(lengths.max(axis=1).argmax())}); raise "
+            f"{dataset.path}: {long.sum():,} of {len(long):,} {rows} have an answer over SEQ_LEN {seq_len} with its "
+            f"prompt, the longest {lengths.max():,} tokens (number {int(lengths.max(axis=1).argmax())}); raise "
             "SEQ_LEN, or leave them out with --too-long drop"
         )
     untrained = (targets == 0).any(axis=1) & ~long
     remarks = []
     if long.any():
-        remarks.append(
-            f"{long.sum():,} pairs were left out: an answer and its prompt are over {settings.seq_len} tokens"
-        )
+        remarks.append(f"{long.sum():,} {rows} were left out: an answer and its prompt are over {seq_len} tokens")
     if untrained.any():
-        remarks.append(f"{untrained.sum():,} pairs were left out: no token of an answer is trained on")
+        remarks.append(f"{untrained.sum():,} {rows} were left out: no token of an answer is trained on")
     kept = np.flatnonzero(~long & ~untrained)
-    return Selection(dataset, np.stack([2 * kept, 2 * kept + 1], axis=1), lengths[kept]), [
-        f"{dataset.path}: {remark}" for remark in remarks
-    ]
+    documents = kept[:, None] * unit + np.arange(unit)
+    return Selection(dataset, documents, lengths[kept]), [f"{dataset.path}: {remark}" for remark in remarks]

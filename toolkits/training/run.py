@@ -21,7 +21,7 @@ from ..launch.ranks import fp8_problem
 from ..monitoring.record import EXPORTING, RUNNING
 from ..monitoring.trackers import require_tracker
 from ..planning.memory import offload_that_fits, run_memory
-from ..planning.weights import Tuning
+from ..planning.weights import Tuning, trained_parameters
 from . import quantize
 from .adapters import attach
 from .batches import Batches
@@ -32,7 +32,7 @@ from .loop import Training, train
 from .lora import Lora, write_peft
 from .objectives import Objective
 from .optimizer import build_optimizer
-from .parallel.model import DTYPES, Chunks, build_model, wrap
+from .parallel.model import DTYPES, Chunks, build_model, draw_reward_head, wrap
 from .parallel.world import gather, process_groups, rank
 from .reference import Referee, ask_base
 from .reporter import Reporter, StepFigures, peak_memory
@@ -113,7 +113,7 @@ def run(config: TrainConfig, objective: Objective) -> list[StepFigures]:
         raise MachineError(problem)
     if os.environ["RANK"] == "0":
         require_tracker(config.output.tracker)
-    source = find_model(config.model)
+    source = find_model(config.model, scores=objective.scores)
     layout = layout_of(config, source.settings, int(os.environ["WORLD_SIZE"]))
     lora = Lora.of(config, source)
     if lora is not None:
@@ -242,10 +242,12 @@ def _model(plan: RunPlan, *, as_it_starts: bool) -> Chunks:
         quantize.allocate(chunks, source.plan, quantize_as)
         quantize.load(chunks, source.plan, quantize.matrices_of(source))
     if is_new and source.hf_weights is not None:
-        load_huggingface(chunks, source.hf_weights)
+        load_huggingface(chunks, source.hf_weights, elsewhere=source.left_alone)
     elif is_new and source.mcore_weights is not None:
         elsewhere = {step.key for step in source.plan.steps if step.is_linear} if quantize_as else set()
-        load_mcore(chunks, source.mcore_weights, elsewhere=elsewhere)
+        load_mcore(chunks, source.mcore_weights, elsewhere=elsewhere | source.left_alone)
+    if is_new and source.has_new_head:
+        draw_reward_head(chunks, config.data.seed)
     if lora is not None:
         attach(chunks, lora, source.plan, seed=config.data.seed)
     return chunks
@@ -272,6 +274,8 @@ def _introduce(plan: RunPlan, resumed: Saved | None, start: Position, reporter: 
     for line in plan.data.training.report(rows_of_run=plan.steps * config.batch.global_batch_size):
         reporter.say(line)
     reporter.say(f"validation: {len(plan.data.validation):,} rows")
+    for line in plan.source.reward_remarks(is_new=resumed is None):
+        reporter.say(line)
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
     reporter.say(
         f"{plan.steps:,} steps of {config.batch.global_batch_size} rows on {layout.world} x {device}: "
@@ -289,13 +293,14 @@ def _introduce(plan: RunPlan, resumed: Saved | None, start: Position, reporter: 
 
 
 def _require_space(plan: RunPlan) -> None:
-    output, parameters = plan.config.output, plan.source.plan.num_parameters
-    weights = DTYPES[plan.config.compute.precision].itemsize
+    output, weights = plan.config.output, DTYPES[plan.config.compute.precision].itemsize
     saves = math.ceil(plan.steps / output.save_interval) if output.save_interval else 1
     # The newest checkpoint is complete before the oldest goes; those of an earlier start are there already.
-    kept = min(saves, output.keep_last + 1 - len(step_folders(plan.folder)))
-    export = weights if output.export_hf else 0
-    require_space(plan.folder, parameters * (max(1, kept) * (weights + BYTES_OF_OPTIMIZER) + export))
+    kept = max(1, min(saves, output.keep_last + 1 - len(step_folders(plan.folder))))
+    of_parameter = weights + BYTES_OF_OPTIMIZER + (weights if plan.lora else 0)  # an adapter is there for PEFT too
+    trained = trained_parameters(plan.source.plan, plan.tuning)
+    export = plan.source.plan.num_parameters * weights if output.export_hf else 0
+    require_space(plan.folder, trained * kept * of_parameter + export)
 
 
 def _require_export_free(plan: RunPlan) -> None:

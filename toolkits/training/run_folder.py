@@ -17,10 +17,10 @@ from typing import Any
 
 from conversion.digest import weights_digest
 from conversion.generation_config import stop_at
-from conversion.hf_checkpoint import copy_sidecar_files
+from conversion.hf_checkpoint import CONFIG_FILE, copy_sidecar_files
 from conversion.mcore_directory import step_folders
 from data_preprocessing.blend import parse_blend, whole_weights
-from data_preprocessing.dataset import document_prefix, open_dataset
+from data_preprocessing.dataset import dataset_fingerprint, open_dataset
 from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import UsageError
@@ -32,8 +32,7 @@ from .settings import LoraSettings
 from .sources import ModelSource
 
 FINGERPRINT = "fingerprint.json"
-HEAD = 1 << 16  # bytes of tokens that tell a dataset without a manifest from another
-OF_SOME = ("adapter", "beta", "preference", "kto")  # what not every run has
+OF_SOME = ("adapter", "beta", "preference", "kto", "reward")  # what not every run has
 OF_DATA = ("data", "validation data", "rows", "seq_len", "packing", "too_long")  # what --data-restart lets change
 
 
@@ -54,7 +53,7 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
             "too_long": data.too_long,
             "seed": data.seed,
             **({"adapter": adapter_fingerprint(config.lora)} if config.lora.is_used else {}),
-            **(_of_answers(config) if data.rows in ("pairs", "answers") else {}),
+            **_of_objective(config, source),
         },
         "schedule": {
             **asdict(config.optimizer),
@@ -65,8 +64,12 @@ def fingerprint(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
     }
 
 
-def _of_answers(config: TrainConfig) -> dict[str, Any]:
+def _of_objective(config: TrainConfig, source: ModelSource) -> dict[str, Any]:
     """Return what is learned of answers; when to stop may change."""
+    if source.reward_config is not None:
+        return {"reward": asdict(config.reward)}
+    if config.data.rows not in ("pairs", "answers"):
+        return {}
     learned = {name: value for name, value in asdict(config.preference).items() if name != "stop_separated"}
     return {"beta": config.reference.beta, "preference": learned, "kto": asdict(config.kto)}
 
@@ -114,7 +117,11 @@ def claimed(folder: Path, config: TrainConfig, source: ModelSource) -> Iterator[
         if not step_folders(folder):
             with publish_directory(folder / "hf", overwrite=True) as temporary:
                 copy_sidecar_files(source.hf_files, temporary)
-                remarks += _stop_where_trained(temporary, config.data.data)
+                if source.reward_config is None:
+                    remarks += _stop_where_trained(temporary, config.data.data)
+                else:
+                    config_text = json.dumps(source.reward_config, indent=2, ensure_ascii=False)
+                    write_text(temporary / CONFIG_FILE, config_text + "\n")
         write_text(folder / FINGERPRINT, json.dumps(now, indent=1))
         yield remarks
 
@@ -170,19 +177,6 @@ def _blend_fingerprint(said: str) -> str:
         return digests[0]
     weights = whole_weights(parts)
     return ", ".join(f"{weight} x {digest}" for weight, digest in zip(weights, digests, strict=True))
-
-
-def dataset_fingerprint(prefix: Path) -> str:
-    """Return a digest of the dataset's manifest, which has the hashes of its files, else of its index and first tokens.
-
-    The doubled layout has the same index for all data: every document is of one length.
-    """
-    base = document_prefix(prefix)
-    manifest = Path(f"{base}.json")
-    if manifest.exists():
-        return _digest(json.dumps(json.loads(manifest.read_bytes())["files"], sort_keys=True).encode())
-    with open(f"{base}.idx", "rb") as index, open(f"{base}.bin", "rb") as tokens:
-        return _digest(hashlib.file_digest(index, "sha256").digest() + tokens.read(HEAD))
 
 
 def digest_of(value: Any) -> str:

@@ -284,6 +284,15 @@ class PreferenceSettings:
 
 
 @dataclass(frozen=True)
+class RewardSettings:
+    """How a reward model's scores are learned from pairs."""
+
+    center_rewards: float = setting(
+        "Weight of the squared sum of a pair's two scores, which keeps their mean at 0; 0: none.", 0.0, at_least=0
+    )
+
+
+@dataclass(frozen=True)
 class KtoSettings:
     """What is learned from single answers that are good, or are not."""
 

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +11,11 @@ import numpy as np
 from conversion.hf_checkpoint import is_hf_directory, read_config
 from conversion.mcore_checkpoint import find_step, hf_folder, is_mcore_directory
 from conversion.mcore_directory import require_model
-from conversion.plan import Plan, plan_for
-from conversion.settings import untrainable_reasons
+from conversion.plan import REWARD_HEAD, Plan, plan_for
+from conversion.reward_model import as_reward_model, require_words
+from conversion.settings import is_reward_model, untrainable_reasons
 from data_preprocessing.blend import Mix, Part, parse_blend, whole_weights
-from data_preprocessing.dataset import Dataset, document_prefix, open_dataset
+from data_preprocessing.dataset import Dataset, IndexedDataset, document_prefix, open_dataset
 from data_preprocessing.tokenizer import tokenizer_fingerprint
 
 from ..foundation.errors import CheckpointError, DataError, UsageError, raise_all
@@ -29,13 +30,38 @@ class ModelSource:
     """Where the model comes from.
 
     `hf_files` holds config.json and the tokenizer. The weights are a HuggingFace directory or a
-    Megatron-core step folder; both None: random.
+    Megatron-core step folder; both None: random. `reward_config` is the config.json of a reward model that is trained,
+    with or without the head of the weights.
     """
 
     hf_files: Path
     plan: Plan
     hf_weights: Path | None = None
     mcore_weights: Path | None = None
+    reward_config: Mapping[str, Any] | None = None
+    has_new_head: bool = False
+
+    @property
+    def pad_token(self) -> int | None:
+        """The token with which a reward model's rows are padded; None also for other models."""
+        return (self.reward_config or {}).get("pad_token_id")
+
+    @property
+    def left_alone(self) -> set[str]:
+        """Keys that only the model or only the weights have, when the head is new."""
+        return {REWARD_HEAD, "output_layer.weight"} if self.has_new_head else set()
+
+    def reward_remarks(self, *, is_new: bool) -> list[str]:
+        """Return what is worth saying of a reward model; `is_new`: the run begins."""
+        if self.reward_config is None:
+            return []
+        last = "" if self.pad_token is None else f" that is not pad_token_id {self.pad_token}"
+        said = [f"the score of a row is that of its last token{last}, as transformers reads it"]
+        if self.pad_token is None:
+            said.append("the tokenizer has no token to pad with: transformers will score one row at a time")
+        if self.has_new_head and is_new:
+            said.append("the weights have no reward head: a new one is drawn, its variance is 1 / (hidden size + 1)")
+        return said
 
     @property
     def settings(self) -> Mapping[str, Any]:
@@ -63,17 +89,20 @@ class DataSource:
             )
 
 
-def find_model(model: ModelSettings) -> ModelSource:
-    """Locate config, tokenizer and weights; raise CheckpointError or UsageError when the model cannot be trained."""
-    path = Path(model.checkpoint)
+def find_model(model: ModelSettings, *, scores: bool = False) -> ModelSource:
+    """Locate config, tokenizer and weights; raise CheckpointError or UsageError when the model cannot be trained.
+
+    With `scores` it is trained as a reward model, which it may be already.
+    """
+    path, hf_weights, mcore_weights = Path(model.checkpoint), None, None
     if model.checkpoint == "none":
         assert model.hf_config is not None
-        hf_files, weights = _config_folder(model.hf_config), {}
+        hf_files = _config_folder(model.hf_config)
     elif is_mcore_directory(path):
-        hf_files, weights = hf_folder(path), {"mcore_weights": find_step(path)}
-        require_model(weights["mcore_weights"])
+        hf_files, mcore_weights = hf_folder(path), find_step(path)
+        require_model(mcore_weights)
     elif is_hf_directory(path):
-        hf_files, weights = path, {"hf_weights": path}
+        hf_files = hf_weights = path
     else:
         raise CheckpointError(
             f"no checkpoint at {path}. Pretrained weights were requested; refusing to train from random weights "
@@ -81,7 +110,12 @@ def find_model(model: ModelSettings) -> ModelSource:
         )
     hf_config = read_config(hf_files)
     raise_all(UsageError, f"{hf_files} converts, but training it would not be exact", untrainable_reasons(hf_config))
-    return ModelSource(hf_files, plan_for(hf_config), **weights)
+    if not scores:
+        require_words(hf_config, hf_files, instead="`temper train reward` trains it further")
+        return ModelSource(hf_files, plan_for(hf_config), hf_weights, mcore_weights)
+    config = as_reward_model(hf_config, hf_files)
+    is_new = not (hf_weights or mcore_weights) or not is_reward_model(hf_config)
+    return ModelSource(hf_files, plan_for(config), hf_weights, mcore_weights, config, is_new)
 
 
 def _config_folder(path: Path) -> Path:
@@ -114,7 +148,8 @@ def find_data(data: DataSettings, model: ModelSource) -> DataSource:
             selection, said = _select(part, data, model)
             remarks += said
             held_out.append(selection)
-    return DataSource(_rows(chosen, data, whole_weights(training)), _rows(held_out, data, [1] * len(held_out)), remarks)
+    mixed = _rows(chosen, data, model, whole_weights(training))
+    return DataSource(mixed, _rows(held_out, data, model, [1] * len(held_out)), remarks)
 
 
 def same_set(one: Part, other: Part) -> bool:
@@ -137,8 +172,9 @@ def _select(part: Part, data: DataSettings, model: ModelSource) -> tuple[Selecti
     return selection, _taken_remarks(dataset, data) + remarks + _position_remark(selection, data, model)
 
 
-def _rows(chosen: Sequence[Selection], data: DataSettings, weights: Sequence[int]) -> Rows:
-    return Rows(tuple(make_rows(selection, data) for selection in chosen), Mix(weights))
+def _rows(chosen: Sequence[Selection], data: DataSettings, model: ModelSource, weights: Sequence[int]) -> Rows:
+    parts = (replace(make_rows(selection, data), pad_token=model.pad_token) for selection in chosen)
+    return Rows(tuple(parts), Mix(weights))
 
 
 def _require_kind(dataset: Dataset, data: DataSettings) -> None:
@@ -197,9 +233,23 @@ def _taken_remarks(dataset: Dataset, data: DataSettings) -> list[str]:
     remarks = [f"no manifest; taken for {dataset.taken_for}"] if dataset.taken_for else []
     if dataset.built_seq_len not in (None, data.seq_len):
         remarks.append(f"it was packed to {dataset.built_seq_len} tokens a row; rows of {data.seq_len} are made anew")
+    if isinstance(dataset, IndexedDataset) and data.rows == "answers":
+        remarks.append(_balance(dataset.labels()))
     if dataset.kind == "conversations" and data.rows == "documents":
         remarks.append("it holds conversations: every token of them is trained, the prompts too")
     return [f"{dataset.path}: {remark}" for remark in remarks]
+
+
+def _balance(good: np.ndarray) -> str:
+    """Say how many answers are good, and which weight gives good to other answers KTO's ratio of 1 to 4 / 3."""
+    count, others = int(good.sum()), int((~good).sum())
+    said = f"{count:,} answers are good, {others:,} are not"
+    if not count or not others:
+        return f"{said}: nothing tells the two apart but the reference"
+    low, high = 3 * count / (4 * others), count / others
+    if low <= 1 <= high:
+        return said
+    return f"{said}: with --undesirable-weight {low:.2g} to {high:.2g} both count as much"
 
 
 def _position_remark(selection: Selection, data: DataSettings, model: ModelSource) -> list[str]:

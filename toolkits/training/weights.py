@@ -1,6 +1,6 @@
 """Weights into the model of this rank, from a HuggingFace or a Megatron-core directory, at any layout."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,11 +31,14 @@ class Slices(Protocol):
         """Return the slice of `shape` that begins at `start`."""
 
 
-def load_huggingface(chunks: Chunks, directory: Path) -> None:
-    """Fill this rank's weights from a HuggingFace directory, reading only the slices it holds."""
+def load_huggingface(chunks: Chunks, directory: Path, *, elsewhere: Collection[str] = ()) -> None:
+    """Fill this rank's weights from a HuggingFace directory, reading only the slices it holds.
+
+    Those of the keys `elsewhere` come another way.
+    """
     source = HfAsMcore(directory)
     tensors = _sharded_tensors(chunks)
-    unknown = sorted({tensor.key for tensor in tensors} - set(source.tensors))
+    unknown = sorted({tensor.key for tensor in tensors} - set(source.tensors) - set(elsewhere))
     raise_all(CheckpointError, f"{directory} has nothing for", unknown)
     load_slices(chunks, source)
 
@@ -84,7 +87,7 @@ def layer_of(chunk: PaddedVocabularyGPT, step: Step) -> Any:
     return experts.local_experts[number].get_submodule(path.rpartition(".")[2])
 
 
-def load_mcore(chunks: Chunks, step_folder: Path, *, elsewhere: Iterable[str] = ()) -> None:
+def load_mcore(chunks: Chunks, step_folder: Path, *, elsewhere: Collection[str] = ()) -> None:
     """Fill this rank's weights from a torch_dist step folder; those of the keys `elsewhere` come another way.
 
     Raises CheckpointError with every key that only one side has. Nothing is unpickled before the scan.
@@ -97,8 +100,8 @@ def load_mcore(chunks: Chunks, step_folder: Path, *, elsewhere: Iterable[str] = 
         )
     except CheckpointingException as error:
         raise CheckpointError(f"{step_folder} does not fit its config.json: {error}") from error
+    missing_here, missing_there = (missing - set(elsewhere) for missing in (missing_here, missing_there))
     problems = [f"{key} is not in the checkpoint" for key in sorted(missing_there) if is_weight(key)]
-    missing_here = missing_here - set(elsewhere)
     problems += [f"{key} has no place in the model" for key in sorted(missing_here) if is_weight(key)]
     raise_all(CheckpointError, str(step_folder), problems)
     # Keys were compared above; what may be absent here is only `_extra_state`.

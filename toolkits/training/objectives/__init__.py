@@ -48,6 +48,7 @@ class Objective:
     module: str
     rows: str = "conversations"  # the --rows that its command sets
     groups: tuple[str, ...] = ()  # of settings that are for it, and not for all
+    scores: bool = False  # it trains a reward model
 
     def loss(self, config: "TrainConfig") -> Loss:
         """Return the loss for the settings of a run; imports torch."""
@@ -75,6 +76,15 @@ OBJECTIVES = {
             "kto",
             "answers",
             ("reference", "kto"),
+        ),
+        Objective(
+            "reward",
+            "reward",
+            "Train a reward model on pairs: a score that is higher for the better answer.",
+            "bradley_terry",
+            "pairs",
+            ("reward",),
+            scores=True,
         ),
     )
 }

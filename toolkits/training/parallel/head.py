@@ -20,6 +20,8 @@ from megatron.core.tensor_parallel import (
 from ..layout import LOSS_TOKENS
 from .fused import fused
 
+AHEAD = 2.0**8  # factor of a gradient that is taken before its token's is known: fp16 ends at 6e-8
+
 
 class LossHead(ColumnParallelLinear):
     """megatron-core's output layer, which also goes straight to the loss."""
@@ -57,6 +59,9 @@ class LinearCrossEntropy(torch.autograd.Function):
     Takes hidden [t, h], weight [rows, h] and labels [t]; the weight's row 0 belongs to token id `first`, and its
     first `real` rows count. Returns fp32 [t], the same on all ranks of `group`. The gradient of `hidden` is this
     rank's part of the sum.
+
+    With a frozen weight each token's gradient is known up to its factor while the logits are there: it is taken in
+    the forward pass, and no logits are computed again.
     """
 
     @staticmethod
@@ -69,38 +74,59 @@ class LinearCrossEntropy(torch.autograd.Function):
         real: int,
         group: torch.distributed.ProcessGroup,
     ) -> torch.Tensor:
-        largest = hidden.new_full(labels.shape, -math.inf, dtype=torch.float32)
-        total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
-        for part in parts(len(labels)) if real else ():
-            logits = hidden[part] @ weight[:real].t()
-            largest[part], total[part], chosen[part] = statistics(logits, labels[part] - first)
-        if group.size() > 1:
-            mine = largest.clone()
-            torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
-            sums = torch.stack([total * (mine - largest).exp(), chosen])
-            torch.distributed.all_reduce(sums, group=group)
-            total, chosen = sums
-        log_total = total.log() + largest
-        ctx.save_for_backward(hidden, weight, labels, log_total)
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        of_hidden = torch.zeros_like(hidden) if needs_hidden and not needs_weight else None
+        log_total, chosen = (torch.empty_like(labels, dtype=torch.float32) for _ in range(2))
+        rows = weight[:real]
+        for part in parts(len(labels)):
+            logits, places = hidden[part] @ rows.t(), labels[part] - first
+            log_total[part], chosen[part] = _over_ranks(logits, places, group)
+            if of_hidden is not None and real:
+                factor = torch.full_like(log_total[part], AHEAD)
+                torch.mm(logits_gradient(logits, places, log_total[part], factor), rows, out=of_hidden[part])
+        if of_hidden is not None:
+            ctx.save_for_backward(of_hidden)
+        else:
+            ctx.save_for_backward(hidden, weight, labels, log_total)
         ctx.first, ctx.real = first, real
         return log_total - chosen
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
-        hidden, weight, labels, log_total = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        if not needs_weight:
+            (of_hidden,) = ctx.saved_tensors
+            return scaled(of_hidden, grad / AHEAD), None, None, None, None, None
+        hidden, weight, labels, log_total = ctx.saved_tensors
         of_hidden = torch.zeros_like(hidden) if needs_hidden else None
         # Summed over parts in fp32: a bf16 sum would lose more than the parts do.
-        of_weight = torch.zeros_like(weight, dtype=torch.float32) if needs_weight else None
+        of_weight = torch.zeros_like(weight, dtype=torch.float32)
         rows = weight[: ctx.real]
         for part in parts(len(labels)) if ctx.real else ():
             logits = hidden[part] @ rows.t()
             of_logits = logits_gradient(logits, labels[part] - ctx.first, log_total[part], grad[part])
             if of_hidden is not None:
                 torch.mm(of_logits, rows, out=of_hidden[part])
-            if of_weight is not None:
-                of_weight[: ctx.real] += of_logits.t() @ hidden[part]
-        return of_hidden, None if of_weight is None else of_weight.to(weight.dtype), None, None, None, None
+            of_weight[: ctx.real] += of_logits.t() @ hidden[part]
+        return of_hidden, of_weight.to(weight.dtype), None, None, None, None
+
+
+def _over_ranks(
+    logits: torch.Tensor, places: torch.Tensor, group: torch.distributed.ProcessGroup
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the log of the sum of exp(logit) and the label's logit, of this rank's logits and those of the others."""
+    if logits.shape[-1]:
+        largest, total, chosen = statistics(logits, places)
+    else:  # all of this rank's rows are padding
+        largest = torch.full_like(places, -math.inf, dtype=torch.float32)
+        total, chosen = torch.zeros_like(largest), torch.zeros_like(largest)
+    if group.size() > 1:
+        mine = largest.clone()
+        torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX, group)
+        sums = torch.stack([total * (mine - largest).exp(), chosen])
+        torch.distributed.all_reduce(sums, group=group)
+        total, chosen = sums
+    return total.log() + largest, chosen
 
 
 def parts(tokens: int) -> Iterator[slice]:
@@ -133,3 +159,9 @@ def logits_gradient(
     columns = torch.arange(logits.shape[-1], device=logits.device)
     one_hot = columns == places.unsqueeze(-1)
     return ((softmax - one_hot.float()) * grad.unsqueeze(-1)).to(logits.dtype)
+
+
+@fused
+def scaled(gradient: torch.Tensor, factors: torch.Tensor) -> torch.Tensor:
+    """Return gradient [t, h] times the fp32 factors [t] of its rows, in its own number format."""
+    return (gradient * factors.unsqueeze(-1)).to(gradient.dtype)

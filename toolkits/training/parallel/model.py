@@ -19,6 +19,7 @@ from ..settings import ComputeSettings
 from .fused import has_fused_weight_gradient, has_transformer_engine
 from .head import LossHead
 from .offload import saved_on_cpu
+from .reward_head import RewardHead
 from .spec import decoder_spec
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -26,6 +27,7 @@ ACTIVATIONS = {"silu": torch.nn.functional.silu}
 # Settings of the family that belong to GPTModel; all others are fields of TransformerConfig.
 ROTARY_SETTINGS = ("rotary_base", "rotary_percent", "rope_scaling", "rope_scaling_factor")
 GPT_SETTINGS = ("vocab_size", "max_position_embeddings", "share_embeddings_and_output_weights", *ROTARY_SETTINGS)
+OWN_SETTINGS = ("activation", "reward_head")  # and those that neither of them knows
 
 
 class PaddedVocabularyGPT(GPTModel):
@@ -35,6 +37,7 @@ class PaddedVocabularyGPT(GPTModel):
     """
 
     real_vocab_size: int
+    is_reward_model: bool  # its output is a score for every token
     offloads: bool  # saved activations wait for the backward pass in CPU memory
     saved: "Callable[[PaddedVocabularyGPT], dict[str, Any]] | None" = None  # what is saved instead of all weights
 
@@ -51,7 +54,12 @@ class PaddedVocabularyGPT(GPTModel):
         return decoder_input, angles, *rest
 
     def _postprocess(self, *, hidden_states: torch.Tensor, labels: torch.Tensor | None, **rest: Any) -> torch.Tensor:
-        """Go from the last stage's hidden states straight to the loss fp32 [b, s] of labels [b, s]."""
+        """Go from the last stage's hidden states straight to the loss fp32 [b, s] of labels [b, s].
+
+        A reward model's labels are not looked at: it gives scores fp32 [b, s].
+        """
+        if self.is_reward_model and self.post_process:
+            return self.output_layer(hidden_states)  # type: ignore[no-any-return]
         if labels is None or not self.post_process:
             return super()._postprocess(hidden_states=hidden_states, labels=labels, **rest)
         weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
@@ -115,9 +123,12 @@ def _chunk(
         position_embedding_type="rope",
         **{name: settings[name] for name in ROTARY_SETTINGS if name in settings},
     )
-    if model.post_process:
-        model.output_layer.__class__ = LossHead  # GPTModel leaves no other choice of its output layer
-    model.real_vocab_size = vocab_size
+    model.real_vocab_size, model.is_reward_model = vocab_size, settings["reward_head"]
+    if model.post_process:  # GPTModel leaves no other choice of its output layer
+        if model.is_reward_model:
+            model.output_layer = RewardHead(config, group=model.output_layer.tp_group)
+        else:
+            model.output_layer.__class__ = LossHead
     return model.cuda()
 
 
@@ -131,8 +142,8 @@ def transformer_config(
 ) -> TransformerConfig:
     """Return megatron-core's config for a family's settings under a layout; `engine`: its layers are that one's."""
     kind = MLATransformerConfig if settings.get("multi_latent_attention") else TransformerConfig
-    of_gpt = {*GPT_SETTINGS, "activation"} - {field.name for field in dataclasses.fields(kind)}
-    fields = {name: value for name, value in settings.items() if name not in of_gpt}
+    ours = {*GPT_SETTINGS, *OWN_SETTINGS} - {field.name for field in dataclasses.fields(kind)}
+    fields = {name: value for name, value in settings.items() if name not in ours}
     fields |= _recompute_fields(compute) | _fusion_fields(settings, engine)
     dtype = DTYPES[compute.precision]
     return kind(
@@ -194,6 +205,13 @@ def _leave(weight: torch.Tensor) -> torch.Tensor:
     tensor-parallel weight from a replicated one, and the gradient norm comes out wrong.
     """
     return weight
+
+
+def draw_reward_head(chunks: Chunks, seed: int) -> None:
+    """Give a reward model's head its first values, on the rank that has it."""
+    for chunk in chunks:
+        if chunk.post_process:
+            chunk.output_layer.initialize(seed)
 
 
 def wrap(chunks: Chunks, *, distributed_optimizer: bool, overlap: bool = True) -> list[DistributedDataParallel]:

@@ -25,6 +25,27 @@ def log_probs(losses: torch.Tensor, batch: MicroBatch) -> tuple[torch.Tensor, to
     return sums[:, 0], sums[:, 1].detach()
 
 
+def scores_of(scores: torch.Tensor, batch: MicroBatch) -> torch.Tensor:
+    """Return the score of each answer's end, fp32 [n].
+
+    `scores` [1, t] are those of this rank's share of the tokens. Each rank gets the scores of all answers, and the
+    gradient of its own.
+    """
+    assert batch.answers is not None
+    places, ends = batch.answers.places, batch.answers.ends
+    bounds, size = batch.packed.cu_seqlens_q.long(), parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return scores[0, bounds[places] + ends]
+    # Pieces of a sequence from its front and from its back; see context.py.
+    piece = bounds.diff()[places] // (2 * size)
+    number = ends // piece
+    behind = number >= size
+    mine = torch.where(behind, 2 * size - 1 - number, number) == parallel_state.get_context_parallel_rank()
+    at = bounds[places] // size + behind * piece + ends % piece
+    found = torch.where(mine, scores[0, at], 0.0)
+    return reduce_from_tensor_model_parallel_region(found, group=parallel_state.get_context_parallel_group())
+
+
 def is_first_share() -> bool:
     """Whether this rank is the first of those that share its rows' tokens."""
     return parallel_state.get_context_parallel_rank() == 0
