@@ -1,11 +1,15 @@
-"""Settings of every test: one thread a process, since many run at once on few cores."""
+"""Settings of every test: one thread a process, since many run at once on few cores; Ctrl-C as a terminal has it."""
 
 import json
 import os
+import signal
 
 import pytest
 
 os.environ["OMP_NUM_THREADS"] = "1"
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs behind `&`
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # Files whose tests start ranks: first, so that no process is left alone with one of them in the end.

@@ -31,7 +31,7 @@ from toolkits.generation.loading import Source
 from toolkits.training.batches import end_of
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = ["untied", "qwen3-tied", "llama3.2", "mistral", "phi3", "glm", "qwen2-moe", "mixtral"]
+QUICK = ["untied", "qwen3-tied", "phi3", "qwen2-moe"]
 EXACT = ["tied", "qwen3", "llama3.1", "mistral", "phi-partial-rotary", "glm", "qwen3-moe-mixed", "mixtral"]
 # Loading torch, transformers and megatron-core takes longer than all models together.
 COMPARE = """

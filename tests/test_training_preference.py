@@ -88,7 +88,7 @@ TWO_RANKS = {
     "pp2-adapters-off": {"pipeline_parallel": 2, **LORA, "reference": "adapters-off"},
     "cp2-adapters-off": {"context_parallel": 2, **LORA, "reference": "adapters-off"},
 }
-QUICK = ["tp2-sp", "pp2-virtual", "cp2", "dp2", "pp2-adapters-off"]
+QUICK = ["tp2-sp", "cp2", "pp2-adapters-off"]
 
 
 @pytest.fixture(scope="module")

@@ -130,11 +130,11 @@ def test_the_third_failed_save_in_a_row_ends_the_run(inputs, tmp_path):
 
 def test_a_loss_that_is_not_finite_is_written_down_and_ends_the_run_or_skips_the_step(inputs, tmp_path):
     script = """
-        honest, poisoned, seen = cross_entropy.loss, {3}, {"step": 0}
-        def loss(losses, *, batch):
+        honest, poisoned, seen = cross_entropy.CrossEntropy.__call__, {3}, {"step": 0}
+        def loss(self, losses, *, batch):
             seen["step"] += torch.is_grad_enabled()  # one micro batch a step
-            return honest(losses * float("nan") if seen["step"] in poisoned else losses, batch=batch)
-        cross_entropy.loss = loss
+            return honest(self, losses * float("nan") if seen["step"] in poisoned else losses, batch=batch)
+        cross_entropy.CrossEntropy.__call__ = loss
         answers["ends"] = start(cases["ends"])
         seen["step"] = 0
         answers["skips"] = start(cases["skips"])
