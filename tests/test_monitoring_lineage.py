@@ -84,6 +84,15 @@ def shown(root, name):
     return result.output.split("lineage, from the first base and data on\n")[1].splitlines()
 
 
+def test_a_digest_tells_tunings_apart_that_begin_alike(tmp_path):
+    for name in ("one", "other"):
+        (tmp_path / name).mkdir()
+        raw = bytearray(1 << 20)
+        raw[600_000:900_000] = bytes([name == "one"]) * 300_000
+        (tmp_path / name / "model.safetensors").write_bytes(raw)
+    assert weights_digest(tmp_path / "one") != weights_digest(tmp_path / "other")
+
+
 def test_steps_and_exports_carry_their_hashes(tuned):
     folder, export = tuned
     document = json.loads((folder / LINEAGE).read_text())

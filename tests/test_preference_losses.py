@@ -92,6 +92,15 @@ def test_every_loss_wants_the_better_answer_and_not_the_worse(answers, name):
         assert (rejected.log_prob.grad >= 0).all() and rejected.log_prob.grad.sum() > 0
 
 
+def test_orpo_has_a_gradient_where_an_answer_is_certain():
+    log_probs = torch.tensor([0.0], requires_grad=True), torch.tensor([-3.0], requires_grad=True)
+    chosen, rejected = (Side(each, torch.zeros(1), torch.tensor([2.0])) for each in log_probs)
+    for pair in ((chosen, rejected), (rejected, chosen)):
+        loss = pair_losses(*pair, PreferenceSettings(preference_loss="orpo"), BETA).sum()
+        loss.backward()
+        assert loss.isfinite() and all(each.grad.isfinite().all() for each in log_probs)
+
+
 class Says(torch.nn.Module):
     """In the place of a model: it says what it thinks of single tokens."""
 

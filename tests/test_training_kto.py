@@ -1,5 +1,6 @@
 """Training on single judged answers: KTO by hand, as TRL does it, and the same at every layout."""
 
+import json
 import math
 
 import numpy as np
@@ -7,6 +8,7 @@ import pytest
 import torch
 from training_world import flags, mostly_full, run_cases, selected, write_judged, write_model, write_pairs
 
+from data_preprocessing.build import build
 from data_preprocessing.dataset import open_dataset
 from toolkits.foundation.errors import DataError
 from toolkits.training.batches import Batches, micro_batch
@@ -142,6 +144,23 @@ def test_every_answer_stands_once_behind_another_prompt(inputs, tmp_path):
     assert batch.answers.numbers.tolist() == batch.others.answers.numbers.tolist()
     assert set(batch.answers.good.tolist()) == {0.0, 1.0}
     assert micro_batch(rows, [None, None], length=129).answers.numbers.tolist() == []
+
+
+def test_no_answer_is_held_against_the_other_answers_to_its_own_prompt(inputs, tmp_path):
+    rows = [{"prompt": f"p{n // 2}", "completion": f"a{n}", "label": bool(n % 2)} for n in range(10)]
+    for name, asked in (("twice", rows), ("one", [row | {"prompt": "p"} for row in rows])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in asked))
+        build(tmp_path / f"{name}.jsonl", tmp_path / name, tokenizer=inputs["model"])
+    for packing in (True, False):
+        changes = {"data": tmp_path / "twice", "valid_data": None, "packing": packing}
+        config = TrainConfig.from_values(settings(inputs, tmp_path / "out", **changes))
+        found = find_data(config.data, find_model(config.model))
+        partners = found.training.parts[0].others.dataset.partners
+        assert (partners // 2 != np.arange(10) // 2).all()
+        assert partners.tolist() == found.validation.parts[0].others.dataset.partners.tolist()
+    config = TrainConfig.from_values(settings(inputs, tmp_path / "out", data=tmp_path / "one"))
+    with pytest.raises(DataError, match="all answers are to one prompt"):
+        find_data(config.data, find_model(config.model))
 
 
 def test_other_data_is_refused_by_name(inputs, tmp_path):

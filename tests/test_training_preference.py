@@ -340,6 +340,25 @@ def test_a_reference_of_another_model_is_not_taken(inputs, tmp_path):
         cache.read(120)
 
 
+def test_what_another_run_found_meanwhile_is_kept(inputs, tmp_path):
+    for suffix in (".bin", ".idx", ".mask", ".json"):
+        shutil.copy(f"{inputs['data']}_text_document{suffix}", tmp_path)
+    cache = Cache(open_dataset(tmp_path / "data"), "this", elsewhere=tmp_path)
+    front, back = (np.full(120, np.nan, np.float32) for _ in range(2))
+    front[:70], back[60:] = -1.0, -2.0
+    cache.write(front)
+    cache.write(back)
+    assert cache.read(120).tolist() == [-1.0] * 60 + [-2.0] * 60
+
+
+@pytest.mark.full
+def test_a_run_that_ended_by_itself_does_not_train_on(inputs, tmp_path):
+    line = settings(inputs, tmp_path / "out", train_iters=4, stop_separated=1, lr=5e-3, warmup_iters=0)
+    first = run_cases(tmp_path / "one", 1, {"run": flags(**line)}, objective="dpo")["run"]
+    again = run_cases(tmp_path / "two", 1, {"run": flags(**line)}, objective="dpo")["run"]
+    assert 0 < len(first) < 4 and again == []
+
+
 def test_signals_say_what_goes_wrong_once():
     signals = Signals(stop_separated=0)
     figures = {"accuracy": 0.8, "margin": 1.0, "falling": 0.9}

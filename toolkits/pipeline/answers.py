@@ -41,7 +41,8 @@ def read_answers(stage: Stage) -> tuple[list[str], list[list[str]]]:
 
 
 def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    with open(path, encoding="utf-8") as lines:  # which end with newlines alone: other ends of lines are text
+        return [json.loads(line) for line in lines]
 
 
 def _markdown(names: list[str], rows: list[list[str]]) -> str:

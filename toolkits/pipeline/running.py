@@ -87,14 +87,15 @@ def _refuse_unmade(state: State, stage: Stage) -> None:
 def _move_aside(state: State, stage: Stage, *, dry: bool) -> None:
     if dry:
         return
-    state.forget(stage)
     if not stage.folder.exists():
+        state.forget(stage)
         return
     parent = state.pipeline.output / REPLACED
     parent.mkdir(parents=True, exist_ok=True)
     free = (parent / f"{stage.name}-{number}" for number in range(1, 10_000))
     target = next(path for path in free if not path.exists())
     os.replace(stage.folder, target)
+    state.forget(stage)  # not before: killed in between, it must not find its old folder and take it for new
     click.echo(f"{stage.name}: what it made is now {shown(target)}")
 
 

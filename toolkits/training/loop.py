@@ -4,11 +4,10 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import psutil
 import torch
 from megatron.core.distributed import DistributedDataParallel, finalize_model_grads
 from megatron.core.optimizer import MegatronOptimizer
@@ -33,7 +32,8 @@ from .reference import with_baseline
 from .reporter import Reporter, StepFigures
 from .saving import Saver
 from .schedule import Pass
-from .signals import Signals
+from .signals import ENDED, Signals
+from .time_limit import is_out_of_time
 
 
 @dataclass(frozen=True)
@@ -79,13 +79,6 @@ class Training:
     signals: Signals
     refer: Callable[[Pass, list[MicroBatch]], list[MicroBatch]] | None = None  # asks a reference at every step
     complete: Callable[[Path], None] | None = None  # adds to a step's folder what other tools read
-    began: float = field(default_factory=psutil.Process().create_time)  # before imports and loading
-
-    @property
-    def is_out_of_time(self) -> bool:
-        """Whether --stop-after has passed."""
-        minutes = self.config.output.stop_after
-        return bool(minutes) and time.time() - self.began > 60 * minutes
 
     @property
     def work(self) -> Pass:
@@ -129,7 +122,7 @@ def upcoming(run: Training) -> Iterator[MicroBatch]:
 
 
 def _take_steps(run: Training, batches: Iterator[MicroBatch]) -> Path:
-    output = run.config.output
+    output, ended = run.config.output, False
     for index in range(run.start.step, run.steps):
         figures, outcome = train_step(run, index, batches)
         run.reporter.step(figures)
@@ -138,7 +131,7 @@ def _take_steps(run: Training, batches: Iterator[MicroBatch]) -> Path:
             run.reporter.say(sentence)
         if run.signals.is_enough and not last:
             run.reporter.say(f"--stop-separated {run.signals.stop_separated}: training ends with this step")
-            last = True
+            last = ended = True
         due = last or _is_due(step, output.save_interval)
         saves = last or (due and not stop)
         if saves:
@@ -155,6 +148,8 @@ def _take_steps(run: Training, batches: Iterator[MicroBatch]) -> Path:
                 f"stopped after step {step} of {run.steps}, saved as {run.checkpoints / step_name(step)}; "
                 "the same line goes on from there"
             )
+        if ended and rank() == 0:
+            write_text(run.checkpoints / ENDED, str(run.signals.stop_separated))
         if last:
             break
     return run.checkpoints / step_name(step)
@@ -228,7 +223,7 @@ def _forward_backward(run: Training, batches: Iterator[MicroBatch], *, forward_o
     said = [0.0] * len(names)
     if speaks_for_its_tokens():
         said = torch.stack([sum(result[name].double() for result in results) for name in names]).tolist()
-    stop = stop_requested() or run.is_out_of_time
+    stop = stop_requested() or is_out_of_time(run.config.output)
     *sums, stopping, written = sum_over_ranks([*said, float(stop), float(run.saver.is_written)])
     written_by_all = written == run.layout.world
     return Outcome(dict(zip(names, sums, strict=True)), run.loss.figures, stopping > 0, written_by_all)

@@ -9,6 +9,8 @@ import numpy as np
 
 from data_preprocessing.dataset import Dataset
 
+from ..foundation.errors import DataError
+
 
 @dataclass(frozen=True)
 class Mismatched:
@@ -19,6 +21,24 @@ class Mismatched:
 
     dataset: Dataset
     partners: np.ndarray
+
+    @classmethod
+    def of(cls, dataset: Dataset, documents: np.ndarray, *, seed: int) -> "Mismatched":
+        """Give each of `documents` the answer that stands before it in an order of the seed, of another prompt.
+
+        Raises DataError when there is no other prompt.
+        """
+        order = np.random.default_rng(seed).permutation(documents)
+        prompts = [_prompt_digest(dataset, each) for each in order.tolist()]
+        if len(set(prompts)) < 2:
+            raise DataError(f"{dataset.path}: all answers are to one prompt: KTO asks about answers to another one")
+        partners = np.full(len(dataset), -1, np.int64)
+        for place, document in enumerate(order.tolist()):
+            other = place - 1
+            while prompts[other] == prompts[place]:
+                other -= 1
+            partners[document] = order[other]
+        return cls(dataset, partners)
 
     def __len__(self) -> int:
         return len(self.partners)
@@ -61,3 +81,8 @@ class Mismatched:
     def _joined(self, prompt: np.ndarray, answer: np.ndarray, document: int) -> np.ndarray:
         begin, end = self.bounds[self._partner(document)]
         return np.concatenate([prompt[: self.bounds[document, 0]], answer[begin:end]])
+
+
+def _prompt_digest(dataset: Dataset, document: int) -> bytes:
+    prompt = dataset.tokens(document)[: int(dataset.mask(document).argmax())]
+    return hashlib.blake2b(prompt.tobytes(), digest_size=8).digest()

@@ -6,6 +6,7 @@ and kept beside the dataset; or, when adapters are trained, at every step by the
 
 import contextlib
 import os
+import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,8 +33,10 @@ from .rows import Rows, SetRows
 from .run_folder import digest_of, reference_fingerprint
 from .schedule import Pass
 from .sources import DataSource, ModelSource
+from .time_limit import is_out_of_time
 
 KEY = "log_probs"
+KEPT_EVERY = 64  # global batches after which what is known is written down
 
 
 class Scores:
@@ -105,8 +108,9 @@ class Cache:
         self.facts = {"model": model, "data": dataset_fingerprint(path)}
         if isinstance(dataset, Mismatched):
             self.facts["answers"] = dataset.digest
-        name = f"{path.name}.reference-{digest_of(self.facts)}.safetensors"
-        self.path = (path.parent if os.access(path.parent, os.W_OK) else elsewhere) / name
+        beside = path.with_name(f"{path.name}.reference-{digest_of(self.facts)}.safetensors")
+        is_there = beside.exists() or os.access(path.parent, os.W_OK)
+        self.path = beside if is_there else elsewhere / beside.name
 
     def read(self, documents: int) -> np.ndarray:
         """Return the numbers, fp32 [documents]; raise DataError for a file that is not what its name says."""
@@ -124,10 +128,13 @@ class Cache:
         return values
 
     def write(self, values: np.ndarray) -> None:
-        """Write the numbers in one step."""
+        """Write the numbers in one step, with those that another run has added meanwhile."""
         from safetensors.numpy import save
 
-        temporary = self.path.with_name(f".tmp-{os.getpid()}-{self.path.name}")
+        values = np.where(np.isnan(values), self.read(len(values)), values)
+        if not os.access(self.path.parent, os.W_OK):
+            return  # of a set that is only read, a part was known
+        temporary = self.path.with_name(f".tmp-{secrets.token_hex(8)}-{self.path.name}")
         temporary.write_bytes(save({KEY: values}, self.facts))
         os.replace(temporary, self.path)
 
@@ -185,9 +192,8 @@ class Referee:
     def _compute(self, part: SetRows, rows: list[int], work: Pass, replica: int) -> None:
         batch, seed = self._config.batch, self._config.data.seed
         alone = Rows((replace(part, others=None),), Mix([1]))
-        batches, size = Batches(alone, batch, work.layout, replica=replica, seed=seed), batch.global_batch_size
         found: list[tuple[np.ndarray, np.ndarray]] = []
-        stopped = False
+        batches, size = Batches(alone, batch, work.layout, replica=replica, seed=seed), batch.global_batch_size
         with work.evaluating(), self._progress(len(rows)) as progress:
             for start in range(0, len(rows), size):
                 numbers = [*rows[start : start + size], *[None] * max(0, start + size - len(rows))]
@@ -200,15 +206,20 @@ class Referee:
                     found += [(each["numbers"].cpu().numpy(), each[KEY].cpu().numpy()) for each in results]
                 if progress is not None:
                     progress.advance(min(size, len(rows) - start))
-                if stopped := bool(sum_over_ranks([float(stop_requested())])[0]):
-                    break
-        key = _key(part)
+                asked = stop_requested() or is_out_of_time(self._config.output)
+                stopped = bool(sum_over_ranks([float(asked)])[0])
+                if stopped or start // size % KEPT_EVERY == KEPT_EVERY - 1 or start + size >= len(rows):
+                    self._keep(_key(part), found)
+                    found = []
+                if stopped:
+                    raise InterruptedRun("stopped while the reference was computed; the same line goes on with it")
+
+    def _keep(self, key: str, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
+        """Let all ranks know what each has found, and write it down."""
         for documents, values in (each for told in gather(found) for each in told):
             self._values[key][documents] = values
         if key in self._caches:
             self._caches[key].write(self._values[key])
-        if stopped:
-            raise InterruptedRun("stopped while the reference was computed; the same line goes on with it")
 
     def _progress(self, rows: int) -> contextlib.AbstractContextManager[Progress | None]:
         return Progress("reference", rows, unit="rows") if rank() == 0 else contextlib.nullcontext()

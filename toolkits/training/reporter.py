@@ -203,7 +203,8 @@ class Reporter:
                 continue
             kept.append(line)
             if "validation_loss" in figures:
-                self.validation.add(figures["step"], figures["validation_loss"])
+                if figures["validation_loss"] is not None:
+                    self.validation.add(figures["step"], figures["validation_loss"])
             else:
                 self._count(figures)
         write_text(path, "".join(kept))
@@ -213,7 +214,8 @@ class Reporter:
             self.losses.add(figures["step"], figures["loss"])
         self.rates.add(figures["step"], figures["tokens"] / figures["seconds"])
         for name in {name for names in PICTURED.values() for name in names} & figures.keys():
-            self.more.setdefault(name, Series()).add(figures["step"], figures[name])
+            if _finite(figures[name]) is not None:
+                self.more.setdefault(name, Series()).add(figures["step"], figures[name])
         self.trained_tokens += figures["trained_tokens"]
 
     def _note(self, figures: dict[str, Any]) -> None:

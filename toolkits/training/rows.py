@@ -176,16 +176,15 @@ def make_rows(selection: Selection, settings: DataSettings) -> SetRows:
         borders = np.append(0, np.cumsum(sizes[order], dtype=np.int64))[bounds]
     ends = np.cumsum(selection.lengths[order].ravel(), dtype=np.int64)
     rows = SetRows(selection.dataset, selection.documents[order].ravel(), ends, borders, room, settings.rows)
-    return _judged(rows) if settings.rows == "answers" else rows
+    return _judged(rows, settings) if settings.rows == "answers" else rows
 
 
-def _judged(rows: SetRows) -> SetRows:
+def _judged(rows: SetRows, settings: DataSettings) -> SetRows:
     """Return rows of answers with what is said of them, and with the answers to other prompts beside them."""
     dataset, documents = rows.dataset, rows.documents
     assert isinstance(dataset, IndexedDataset)
-    partners = np.full(len(dataset), -1, np.int64)
-    partners[documents] = np.roll(documents, 1)  # mostly of the same row
-    mismatched = Mismatched(dataset, partners)
+    whole, _ = _fitting_whole(dataset, settings)  # what is held out, too
+    mismatched = Mismatched.of(dataset, whole.documents.ravel(), seed=settings.seed)
     bounds = np.append(0, np.searchsorted(rows.ends, rows.borders[1:]) + 1)  # documents of each row
     ends = np.cumsum(mismatched.lengths(documents), dtype=np.int64)
     borders = np.append(0, ends)[bounds]

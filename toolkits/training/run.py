@@ -39,7 +39,7 @@ from .reporter import Reporter, StepFigures, peak_memory
 from .run_folder import claimed, data_digest
 from .saving import Saver
 from .schedule import Pass
-from .signals import Signals
+from .signals import ENDED, Signals
 from .sources import DataSource, ModelSource, find_data, find_model
 from .watch import Watch, trackers_of, watched
 from .weights import load_huggingface, load_mcore
@@ -178,10 +178,19 @@ def _train(plan: RunPlan, objective: Objective, resumed: Saved | None, start: Po
     if resumed is not None and resumed.position.step >= plan.steps:
         reporter.say(f"all {plan.steps} steps are done")
         return resumed.folder
+    if resumed is not None and gather(_has_ended(plan))[0]:
+        reporter.say(f"--stop-separated ended it with step {resumed.position.step}")
+        return resumed.folder
     _introduce(plan, resumed, start, reporter)
     training = _set_up(plan, objective, resumed, start, reporter)
     reporter.enter(RUNNING)
     return train(training)
+
+
+def _has_ended(plan: RunPlan) -> bool:
+    """Whether an earlier start ended before the last step, by the --stop-separated that this one has too."""
+    note = plan.folder / ENDED
+    return note.exists() and note.read_text(encoding="utf-8") == str(plan.config.preference.stop_separated)
 
 
 def _set_up(

@@ -89,6 +89,7 @@ def reference_fingerprint(config: TrainConfig, source: ModelSource) -> str:
         {
             "model": _digest((source.hf_files / "config.json").read_bytes()),
             "base checkpoint": _weights_fingerprint(source, config.data.seed),
+            **({} if source.hf_weights or source.mcore_weights else {"layout": asdict(config.layout)}),  # random
             "precision": config.compute.precision,
             "quantize": lora.quantize,
             "adapter": lora.adapter and adapter_fingerprint(lora),

@@ -4,6 +4,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+ENDED = "ended.txt"  # in the run's folder when it ended before its last step: the --stop-separated that ended it
 WINDOW = 10  # steps that a sentence is about
 FALLING = 0.5  # share of pairs
 

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from . import LossResult
 
 
+CERTAIN = -1e-6  # the largest log-probability of which the odds are a number
+
+
 @dataclass(frozen=True)
 class Side:
     """The better or the worse answers, fp32 [pairs] each.
@@ -93,8 +96,8 @@ def score(side: Side, settings: PreferenceSettings) -> torch.Tensor:
 
 
 def _log_one_minus(log_prob: torch.Tensor) -> torch.Tensor:
-    """Return log(1 - p) for log p below 0."""
-    return torch.log1p(-torch.exp(log_prob))
+    """Return log(1 - p) for log p of at most 0; of an answer that is certain, that of one that nearly is."""
+    return torch.log1p(-torch.exp(log_prob.clamp(max=CERTAIN)))
 
 
 class Preference:
