@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,12 +54,10 @@ def test_other_bytes_are_a_failed_case(fuzzer, sources, tmp_path, monkeypatch):
 
 
 def test_memory_beyond_the_bound_is_a_failed_case(fuzzer, sources, tmp_path, monkeypatch):
-    def greedy(_):
-        bytearray(b"x") * (1 << 30)
-        return "refused"
-
-    monkeypatch.setattr(fuzzer._Case, "run", greedy)
-    assert outcome(fuzzer, sources, tmp_path).startswith("FAILED: it took 1,0")
+    peaks = iter([3 << 20, 4 << 20])  # KiB; the process's own peak depends on the tests before
+    monkeypatch.setattr(fuzzer.resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=next(peaks)))
+    monkeypatch.setattr(fuzzer._Case, "run", lambda _: "refused")
+    assert outcome(fuzzer, sources, tmp_path) == "FAILED: it took 1,073,741,824 bytes of memory (refused)"
 
 
 def test_a_case_that_hangs_or_dies_is_a_failed_case_and_the_others_go_on(fuzzer, monkeypatch, capfd):

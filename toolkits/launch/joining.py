@@ -89,8 +89,9 @@ def _await_start(store: Store, nodes: Nodes, deadline: float) -> list[str]:
     """Wait for node 0's sign to start."""
     while not store.check([START]):
         if time.monotonic() > deadline:
-            store.add(LEFT, 1)
-            _refuse(_too_few(_missing(store, nodes), nodes))
+            refusal = _too_few(_missing(store, nodes), nodes)
+            store.add(LEFT, 1)  # node 0 may go now, and the store with it
+            _refuse(refusal)
         time.sleep(POLL)
     said = Verdict.read(store.get(START))
     if said is not None and said.code:
