@@ -98,17 +98,22 @@ def _table(rows: list[dict[str, Any]]) -> str:
     )
 
 
+def _pairs(figures: dict[str, Any], *, digits: int = 2) -> str:
+    lowest, highest = (f"{figures[name]:.{digits}f}" for name in ("lowest", "highest"))
+    return f"(median of {figures['pairs']} pairs, {lowest} to {highest})"
+
+
 def _packing(figures: dict[str, Any]) -> str:
     return (
-        f"packed rows of 2048 train {figures['ratio']:.2f} x the tokens a second of padded ones (median of "
-        f"{figures['pairs']} pairs, {figures['lowest']:.2f} to {figures['highest']:.2f}). Goal: 5"
+        f"packed rows of 2048 train {figures['ratio']:.2f} x the tokens a second of padded ones "
+        f"{_pairs(figures)}. Goal: 5"
     )
 
 
 def _lora(figures: dict[str, Any]) -> str:
     return (
-        f"a step of LoRA adapters (rank 16, all matrices) takes {figures['ratio']:.2f} of a full step (median of "
-        f"{figures['pairs']} pairs, {figures['lowest']:.2f} to {figures['highest']:.2f}), and "
+        f"a step of LoRA adapters (rank 16, all matrices) takes {figures['ratio']:.2f} of a full step "
+        f"{_pairs(figures)}, and "
         f"{figures['cpu_time_ratio']:.2f} of its CPU time; full: {figures['token_seconds'] * 1e3:.2f} ms a token. "
         "Goal: 0.75"
     )
@@ -116,8 +121,8 @@ def _lora(figures: dict[str, Any]) -> str:
 
 def _dpo(figures: dict[str, Any]) -> str:
     return (
-        f"a token of DPO with a cached reference takes {figures['ratio']:.3f} of one of fine-tuning (median of "
-        f"{figures['pairs']} pairs, {figures['lowest']:.2f} to {figures['highest']:.2f}), and "
+        f"a token of DPO with a cached reference takes {figures['ratio']:.3f} of one of fine-tuning "
+        f"{_pairs(figures)}, and "
         f"{figures['cpu_time_ratio']:.3f} of its CPU time; fine-tuning: {figures['token_seconds'] * 1e3:.2f} ms a "
         "token. Goal: 1.05"
     )
@@ -125,8 +130,8 @@ def _dpo(figures: dict[str, Any]) -> str:
 
 def _overhead(figures: dict[str, Any]) -> str:
     return (
-        f"our step takes {figures['ratio']:.3f} of a bare megatron-core step (median of {figures['pairs']} pairs, "
-        f"{figures['lowest']:.3f} to {figures['highest']:.3f}), and {figures['cpu_time_ratio']:.3f} of its CPU time; "
+        f"our step takes {figures['ratio']:.3f} of a bare megatron-core step {_pairs(figures, digits=3)}, "
+        f"and {figures['cpu_time_ratio']:.3f} of its CPU time; "
         f"bare: {figures['bare_seconds']:.3f} s, {figures['threads']} thread; losses equal in all pairs. Goal: 1.03"
     )
 

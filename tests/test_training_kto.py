@@ -6,7 +6,8 @@ import math
 import numpy as np
 import pytest
 import torch
-from training_world import flags, mostly_full, run_cases, selected, write_judged, write_model, write_pairs
+from training_world import LAYOUTS, flags, mostly_full, run_cases, selected, write_judged, write_model, write_pairs
+from trl_world import steps_of_trl
 
 from data_preprocessing.build import build
 from data_preprocessing.dataset import open_dataset
@@ -66,11 +67,7 @@ def alone(inputs, tmp_path_factory):
 
 
 TWO_RANKS = {
-    "tp2-sp": {"tensor_parallel": 2},
-    "pp2": {"pipeline_parallel": 2},
-    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1},
-    "cp2": {"context_parallel": 2},
-    "dp2": {},
+    **LAYOUTS,
     "cp2-adapters-off": {"context_parallel": 2, **LORA},
     "pp2-adapters-off": {"pipeline_parallel": 2, **LORA},
 }
@@ -175,10 +172,6 @@ def test_other_data_is_refused_by_name(inputs, tmp_path):
 
 
 def test_twenty_steps_equal_the_trainer_of_trl(inputs, alone, tmp_path):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     config = TrainConfig.from_values(settings(inputs, tmp_path / "out", **AS_TRL))
     source = find_model(config.model)
     rows = find_data(config.data, source).training
@@ -203,44 +196,8 @@ def test_twenty_steps_equal_the_trainer_of_trl(inputs, alone, tmp_path):
         for document in documents
     ]
 
-    class Trainer(trl.KTOTrainer):
-        """Takes tokens as they are, in the order in which they are."""
-
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    arguments = trl.KTOConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=GLOBAL,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_beta2=config.optimizer.adam_beta2,
-        adam_epsilon=config.optimizer.adam_eps,
-        weight_decay=0.0,
-        max_grad_norm=config.optimizer.clip_grad,
-        beta=config.reference.beta,
-        desirable_weight=config.kto.desirable_weight,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32, attn_implementation="eager"),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(told),
-        processing_class=AutoTokenizer.from_pretrained(inputs["model"]),
-    )
-    trainer.train()
-    theirs = [step for step in trainer.state.log_history if "loss" in step]
-    assert len(theirs) == len(alone["trl"]) == STEPS
+    given = {"model": inputs["model"], "folder": tmp_path / "trl", "steps": STEPS}
+    theirs = steps_of_trl("KTO", told, config, **given, desirable_weight=config.kto.desirable_weight)
     for mine, step in zip(alone["trl"], theirs, strict=True):
         assert mine["loss"] == pytest.approx(step["loss"], abs=1e-4)
         assert mine["more"]["kl"] == pytest.approx(step["kl"], abs=1e-4)

@@ -10,6 +10,7 @@ from conversion_models import EXPERTS, TRAINED
 from conversion_models import write_model as write_family
 from safetensors.torch import load_file
 from training_world import (
+    LAYOUTS,
     VOCABULARY,
     mostly_full,
     run_cases,
@@ -45,15 +46,6 @@ KINDS = {
         "alpha_pattern": {"k_proj": 9},
     },
     "whole": {"target_modules": ["gate_proj", "up_proj"], "modules_to_save": ["embed_tokens", "lm_head"]},
-}
-LAYOUTS = {
-    "tp2": {"tensor_parallel": 2, "sequence_parallel": False},
-    "tp2-sp": {"tensor_parallel": 2},
-    "tp2-plain": {"tensor_parallel": 2, "distributed_optimizer": False},
-    "pp2": {"pipeline_parallel": 2},
-    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1},
-    "cp2": {"context_parallel": 2},
-    "dp2": {},
 }
 WHOLE = {"whole-tp2": ("tensor_parallel", 2), "whole-pp2": ("pipeline_parallel", 2)}
 LONG = ["tp2", "tp2-sp", "pp2"]  # layouts at which PEFT's twenty steps are taken

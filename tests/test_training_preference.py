@@ -5,9 +5,9 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 from safetensors.numpy import load_file
-from training_world import flags, mostly_full, run_cases, selected, write_model, write_pairs
+from training_world import LAYOUTS, flags, mostly_full, run_cases, selected, write_model, write_pairs
+from trl_world import steps_of_trl
 
 from data_preprocessing.dataset import open_dataset
 from toolkits.foundation.errors import DataError, UsageError
@@ -78,12 +78,7 @@ def alone(inputs, tmp_path_factory):
 
 
 TWO_RANKS = {
-    "tp2-sp": {"tensor_parallel": 2},
-    "tp2": {"tensor_parallel": 2, "sequence_parallel": False, "distributed_optimizer": False},
-    "pp2": {"pipeline_parallel": 2},
-    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1},
-    "cp2": {"context_parallel": 2},
-    "dp2": {},
+    **LAYOUTS,
     "tp2-adapters-off": {"tensor_parallel": 2, **LORA, "reference": "adapters-off"},
     "pp2-adapters-off": {"pipeline_parallel": 2, **LORA, "reference": "adapters-off"},
     "cp2-adapters-off": {"context_parallel": 2, **LORA, "reference": "adapters-off"},
@@ -158,10 +153,6 @@ def pairs_in_order(inputs, config, steps):
 
 @pytest.mark.parametrize("name", ["trl", "trl-ipo"])
 def test_twenty_steps_equal_the_trainer_of_trl(inputs, alone, tmp_path, name):
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     config = TrainConfig.from_values(settings(inputs, tmp_path / "out", **ONE_RANK[name]))
     rows = [
         dict(zip(("prompt_ids", "chosen_ids", "rejected_ids"), pair, strict=True))
@@ -169,48 +160,10 @@ def test_twenty_steps_equal_the_trainer_of_trl(inputs, alone, tmp_path, name):
         for pair in pairs
     ]
 
-    class Trainer(trl.DPOTrainer):
-        """Takes tokens as they are, in the order in which they are."""
-
-        def _prepare_dataset(self, dataset, *_):
-            return dataset
-
-        def _get_train_sampler(self, *_):
-            return torch.utils.data.SequentialSampler(self.train_dataset)
-
-    arguments = trl.DPOConfig(
-        output_dir=str(tmp_path / "trl"),
-        per_device_train_batch_size=GLOBAL,
-        max_steps=STEPS,
-        learning_rate=RATE,
-        lr_scheduler_type="constant",
-        adam_beta1=config.optimizer.adam_beta1,
-        adam_beta2=config.optimizer.adam_beta2,
-        adam_epsilon=config.optimizer.adam_eps,
-        weight_decay=0.0,
-        max_grad_norm=config.optimizer.clip_grad,
-        loss_type=[config.preference.preference_loss],
-        beta=config.reference.beta,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-        use_cpu=True,
-        bf16=False,
-        gradient_checkpointing=False,
-        disable_tqdm=True,
-    )
-    trainer = Trainer(
-        model=AutoModelForCausalLM.from_pretrained(inputs["model"], dtype=torch.float32, attn_implementation="eager"),
-        args=arguments,
-        train_dataset=datasets.Dataset.from_list(rows),
-        processing_class=AutoTokenizer.from_pretrained(inputs["model"]),
-    )
-    trainer.train()
-    theirs = [step for step in trainer.state.log_history if "loss" in step]
-    ours = alone[1][name]
-    assert len(theirs) == len(ours) == STEPS
+    given = {"model": inputs["model"], "folder": tmp_path / "trl", "steps": STEPS}
+    theirs = steps_of_trl("DPO", rows, config, **given, loss_type=[config.preference.preference_loss])
     names = {"rewards/chosen": "rewards/chosen", "rewards/rejected": "rewards/rejected", "margin": "rewards/margins"}
-    for mine, step in zip(ours, theirs, strict=True):
+    for mine, step in zip(alone[1][name], theirs, strict=True):
         assert mine["loss"] == pytest.approx(step["loss"], abs=1e-4)
         for one, other in names.items():
             assert mine["more"][one] == pytest.approx(step[other], abs=1e-4)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
-from training_world import mostly_full, run_cases, selected, write_model
+from training_world import LAYOUTS, mostly_full, run_cases, selected, write_model
 
 from conversion import hf_to_mcore
 from conversion.merge import merge
@@ -29,17 +29,8 @@ CENTER = 0.05
 TOLERANCE = 1e-4
 SHORT = {"train_iters": 3, "warmup_iters": 1, "packing": True, "micro_batch_size": 2, "global_batch_size": 8}
 STANDS_STILL = SHORT | {"train_iters": 1, "warmup_iters": 0, "lr": 0.0, "min_lr": 0.0}
-LAYOUTS = {
-    "tp2": {"tensor_parallel": 2, "sequence_parallel": False},
-    "tp2-sp": {"tensor_parallel": 2},
-    "tp2-plain": {"tensor_parallel": 2, "distributed_optimizer": False},
-    "pp2": {"pipeline_parallel": 2},
-    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1},
-    "cp2": {"context_parallel": 2},
-    "dp2": {},
-    "recompute": {"recompute": "full", "pipeline_parallel": 2},
-}
-LAYOUTS |= {f"lora-{name}": {**layout, "lora_rank": 4} for name, layout in LAYOUTS.items() if name != "recompute"}
+CASES = LAYOUTS | {f"lora-{name}": {**layout, "lora_rank": 4} for name, layout in LAYOUTS.items()}
+CASES |= {"recompute": {"recompute": "full", "pipeline_parallel": 2}}
 QUICK = ["tp2-sp", "cp2", "lora-pp2-virtual"]
 GOES_ON = ("tp2-sp", "pp2", "cp2", "dp2", "lora-pp2")
 
@@ -107,14 +98,14 @@ def alone(inputs, adapter, tmp_path_factory):
 
 
 def laid_out(inputs, folder, name):
-    changes = {"checkpoint": str(inputs["words"]), "save_interval": 2, **SHORT, **LAYOUTS[name]}
+    changes = {"checkpoint": str(inputs["words"]), "save_interval": 2, **SHORT, **CASES[name]}
     return case(inputs, folder / name, **changes).flags()
 
 
 @pytest.fixture(scope="module")
 def two_ranks(inputs, tmp_path_factory, request):
     folder = tmp_path_factory.mktemp("two")
-    names = sorted((selected(request, "name") | selected(request, "interrupted")) & set(LAYOUTS))
+    names = sorted((selected(request, "name") | selected(request, "interrupted")) & set(CASES))
     cases = {name: laid_out(inputs, folder, name) for name in names}
     return folder, run_cases(folder / "world", 2, cases, objective="reward")
 
@@ -305,7 +296,7 @@ def test_training_starts_from_megatron_cores_directories_too(alone):
     )
 
 
-@pytest.mark.parametrize("name", mostly_full(LAYOUTS, QUICK))
+@pytest.mark.parametrize("name", mostly_full(CASES, QUICK))
 def test_every_layout_takes_the_same_steps(alone, two_ranks, name):
     expected = alone[1]["lora-packed" if name.startswith("lora") else "packed"]
     found = two_ranks[1][name]

@@ -34,6 +34,17 @@ TINY = {
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
 
+# What two ranks can share, each by itself.
+LAYOUTS = {
+    "tp2": {"tensor_parallel": 2, "sequence_parallel": False},
+    "tp2-sp": {"tensor_parallel": 2},
+    "tp2-plain": {"tensor_parallel": 2, "distributed_optimizer": False},
+    "pp2": {"pipeline_parallel": 2},
+    "pp2-virtual": {"pipeline_parallel": 2, "virtual_stage_layers": 1},
+    "cp2": {"context_parallel": 2},
+    "dp2": {},
+}
+
 
 def write_model(folder, *, tied=True, seed=11, **changes):
     """Write a random HuggingFace checkpoint whose every weight, norms and biases too, says something."""
@@ -147,8 +158,11 @@ def finished(process):
 
 
 def free_ports(count):
-    """Ports below those that the kernel hands out: nothing that the ranks open meanwhile can take them."""
-    ports = iter(random.sample(range(15000, 32000), 1000))
+    """Ports below those that the kernel hands out: nothing that the ranks open meanwhile can take them.
+
+    A trainer to compare with may have seeded `random`, in every process of the suite alike: the system draws.
+    """
+    ports = iter(random.SystemRandom().sample(range(15000, 32000), 1000))
     return [next(filter(is_free, ports)) for _ in range(count)]
 
 

@@ -1,9 +1,9 @@
 """What is asked: texts from a command line, lines of a text file, and rows of a dataset up to their last answer."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from data_preprocessing.layouts import prompt_of, tools_of
 from data_preprocessing.reading import STDIN, ReadReport, Row, find_inputs, parse_row, read_rows
@@ -13,6 +13,7 @@ from data_preprocessing.turns import Message, check_prompt, check_turns
 
 from ..foundation.errors import DataError, UsageError, raise_all
 
+T = TypeVar("T")
 MOST_PROBLEMS = 20  # listed; one wrong layout would list a whole file
 
 
@@ -49,25 +50,38 @@ def read_questions(source: Path, *, key: str | None = None) -> list[Question]:
     They are rows in any layout that `temper data build` reads, whose last answer is what is expected, or plain lines;
     with `key` rows that have it. Raises DataError that lists what is wrong with which row.
     """
-    found: list[Question] = []
+    plain: dict[Path, bool] = {}  # what the first row of a file is, all are
+
+    def question(row: Row, file: Path, where: str) -> Question:
+        if plain.setdefault(file, isinstance(row.data, bytes) and not row.data.lstrip().startswith(b"{")):
+            value, asked = None, question_of(_line(row), where=where)
+        else:
+            value = parse_row(row)
+            asked = question_in(value, where)
+        return asked if key is None else replace(asked, key=key_of(value, key))
+
+    return read_all(source, question, wrong="rows that ask nothing", empty="nothing is asked in it")
+
+
+def read_all(source: Path, read: Callable[[Row, Path, str], T], *, wrong: str, empty: str) -> list[T]:
+    """Return what `read` makes of each row, its file, and where it stands; RowErrors are listed, some at most.
+
+    `source` is a file, a pattern or stdin (`-`). Raises DataError that begins with `wrong`, or says that it is `empty`.
+    """
+    found: list[T] = []
     problems: list[str] = []
     for file in find_inputs([source]):
-        plain = None
         for row in read_rows(file, ReadReport()):
-            if plain is None:
-                plain = isinstance(row.data, bytes) and not row.data.lstrip().startswith(b"{")
             where = f"{'stdin' if file == STDIN else file}:{row.line}"
             try:
-                value = None if plain else parse_row(row)
-                question = question_of(_line(row), where=where) if plain else question_in(value, where)
-                found.append(question if key is None else replace(question, key=key_of(value, key)))
+                found.append(read(row, file, where))
             except RowError as error:
                 problems.append(f"{where}: {error}")
             if len(problems) == MOST_PROBLEMS:
                 break
-    raise_all(DataError, "rows that ask nothing", problems)
+    raise_all(DataError, wrong, problems)
     if not found:
-        raise DataError(f"{source}: nothing is asked in it")
+        raise DataError(f"{source}: {empty}")
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from data_preprocessing.reading import STDIN, ReadReport, find_inputs, parse_row, read_rows
+from data_preprocessing.reading import Row, parse_row
 from data_preprocessing.records import Conversation, Labelled, Preference, record
 from data_preprocessing.row_error import RowError
 
@@ -15,7 +15,7 @@ from ..foundation.errors import DataError, raise_all
 from ..foundation.progress import Progress
 from .answering import batches_of
 from .loading import Source, context_of, explain_memory, load_model, require_huggingface, require_kind
-from .prompts import MOST_PROBLEMS
+from .prompts import MOST_PROBLEMS, read_all
 from .texts import Texts
 
 
@@ -34,22 +34,12 @@ def read_judged(source: Path) -> list[Judged]:
     They are in any layout that `temper data build` reads and have an answer; a pair has two. Raises DataError that
     lists what is wrong with which row.
     """
-    found: list[Judged] = []
-    problems: list[str] = []
-    for file in find_inputs([source]):
-        for row in read_rows(file, ReadReport()):
-            where = f"{'stdin' if file == STDIN else file}:{row.line}"
-            try:
-                value = parse_row(row)
-                found.append(Judged(value, _talks(value), where))
-            except RowError as error:
-                problems.append(f"{where}: {error}")
-            if len(problems) == MOST_PROBLEMS:
-                break
-    raise_all(DataError, "rows that cannot be scored", problems)
-    if not found:
-        raise DataError(f"{source}: no row in it")
-    return found
+
+    def judged(row: Row, _: Path, where: str) -> Judged:
+        value = parse_row(row)
+        return Judged(value, _talks(value), where)
+
+    return read_all(source, judged, wrong="rows that cannot be scored", empty="no row in it")
 
 
 def _talks(value: Any) -> dict[str, Conversation]:

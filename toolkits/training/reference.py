@@ -39,15 +39,12 @@ KEY = "log_probs"
 KEPT_EVERY = 64  # global batches after which what is known is written down
 
 
-class Scores:
-    """In the place of a loss: what is told of a micro batch are its answers' numbers and log-probabilities."""
-
-    def __call__(self, losses: torch.Tensor, *, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
-        """Return no loss, no count, and the answers."""
-        assert batch.answers is not None
-        sums, _ = log_probs(losses, batch)
-        nothing = losses.new_zeros(())
-        return nothing, nothing.int(), {"numbers": batch.answers.numbers, KEY: sums.detach()}
+def told(losses: torch.Tensor, *, batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor, dict[str, Any]]:
+    """In the place of a loss: return no loss, no count, and the numbers and log-probabilities of the answers."""
+    assert batch.answers is not None
+    sums, _ = log_probs(losses, batch)
+    nothing = losses.new_zeros(())
+    return nothing, nothing.int(), {"numbers": batch.answers.numbers, KEY: sums.detach()}
 
 
 def ask_base(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
@@ -94,7 +91,7 @@ def _asked(work: Pass, batches: Sequence[MicroBatch]) -> list[MicroBatch]:
 def _scores(work: Pass, batches: Sequence[MicroBatch]) -> list[torch.Tensor]:
     """Return the log-probabilities of each micro batch's answers, fp32 [n]; nothing on a stage without the output."""
     with work.evaluating():
-        return [result[KEY] for result in work.run(Scores(), batches, forward_only=True)]
+        return [result[KEY] for result in work.run(told, batches, forward_only=True)]
 
 
 class Cache:
@@ -201,7 +198,7 @@ class Referee:
                     share_of(each, rank=context_rank(), size=work.layout.context)
                     for each in batches.micro_batches(numbers)
                 )
-                results = work.run(Scores(), mine, forward_only=True)
+                results = work.run(told, mine, forward_only=True)
                 if speaks_for_its_tokens() and is_first_share():
                     found += [(each["numbers"].cpu().numpy(), each[KEY].cpu().numpy()) for each in results]
                 if progress is not None:
@@ -216,7 +213,7 @@ class Referee:
 
     def _keep(self, key: str, found: list[tuple[np.ndarray, np.ndarray]]) -> None:
         """Let all ranks know what each has found, and write it down."""
-        for documents, values in (each for told in gather(found) for each in told):
+        for documents, values in (each for of_rank in gather(found) for each in of_rank):
             self._values[key][documents] = values
         if key in self._caches:
             self._caches[key].write(self._values[key])

@@ -7,8 +7,9 @@ from torch.nn.functional import logsigmoid
 
 from ..batches import MicroBatch
 from ..config import TrainConfig
-from ..parallel.sequences import is_first_share, scores_of
+from ..parallel.sequences import scores_of
 from ..settings import RewardSettings
+from .answers import summed
 
 if TYPE_CHECKING:
     from . import LossResult
@@ -45,17 +46,11 @@ class BradleyTerry:
         assert batch.answers is not None
         # Better and worse in turn.
         chosen, rejected = scores_of(scores, batch).view(-1, 2).unbind(dim=1)
-        total = pair_losses(chosen, rejected, self.settings).sum()
-        # Ranks that share a row's tokens all know its pairs: one counts them.
-        counts = int(is_first_share())
-        pairs = torch.full((), len(chosen) * counts, dtype=torch.int, device=scores.device)
         with torch.no_grad():
-            each = {
-                "loss": total,
+            told = {
                 "accuracy": (chosen > rejected).float(),
                 "margin": chosen - rejected,
                 "rewards/chosen": chosen,
                 "rewards/rejected": rejected,
             }
-            figures = {name: value.sum() * counts for name, value in each.items()}
-        return total, pairs, {**figures, "count": pairs, "trained_tokens": batch.loss_mask.sum()}
+        return summed(pair_losses(chosen, rejected, self.settings), told, batch)

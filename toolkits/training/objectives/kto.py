@@ -6,8 +6,9 @@ import torch
 
 from ..batches import MicroBatch
 from ..config import TrainConfig
-from ..parallel.sequences import is_first_share, log_probs
+from ..parallel.sequences import log_probs
 from ..settings import KtoSettings
+from .answers import summed
 
 if TYPE_CHECKING:
     from . import LossResult
@@ -50,13 +51,9 @@ class Kto:
         assert answers is not None and answers.good is not None and answers.baseline is not None
         sums, _ = log_probs(losses, batch)
         ratio, good, baseline = sums - answers.reference, answers.good, answers.baseline
-        total = answer_losses(ratio, good, baseline, beta=self.beta, settings=self.settings).sum()
-        # Ranks that share a row's tokens all know its answers: one counts them.
-        counts = int(is_first_share())
-        number = torch.full((), len(good) * counts, dtype=torch.int, device=losses.device)
+        of_answers = answer_losses(ratio, good, baseline, beta=self.beta, settings=self.settings)
         with torch.no_grad():
             told = {
-                "loss": total,
                 "accuracy": ((ratio > baseline) == good.bool()).float(),
                 "kl": baseline.expand(len(good)),
                 "rewards/chosen": self.beta * ratio * good,
@@ -66,5 +63,4 @@ class Kto:
                 "chosen": good,
                 "rejected": 1 - good,
             }
-            figures = {name: value.sum() * counts for name, value in told.items()}
-        return total, number, {**figures, "count": number, "trained_tokens": batch.loss_mask.sum()}
+        return summed(of_answers, told, batch)

@@ -12,8 +12,9 @@ from torch.nn.functional import logsigmoid, relu
 
 from ..batches import MicroBatch
 from ..config import TrainConfig
-from ..parallel.sequences import is_first_share, log_probs
+from ..parallel.sequences import log_probs
 from ..settings import PreferenceSettings
+from .answers import summed
 
 if TYPE_CHECKING:
     from . import LossResult
@@ -125,15 +126,10 @@ class Preference:
         # Better and worse in turn.
         each = (sums, batch.answers.reference, tokens)
         chosen, rejected = (Side(*(value.view(-1, 2)[:, side] for value in each)) for side in (0, 1))
-        total = pair_losses(chosen, rejected, self.settings, self.beta).sum()
-        # Ranks that share a row's tokens all know its pairs: one counts them.
-        counts = int(is_first_share())
-        pairs = torch.full((), len(chosen.tokens) * counts, dtype=torch.int, device=losses.device)
-        with torch.no_grad():
-            figures = {name: value.sum() * counts for name, value in self._figures(chosen, rejected).items()}
-        figures |= {"loss": total.detach() * counts, "count": pairs, "trained_tokens": batch.loss_mask.sum()}
-        return total, pairs, figures
+        of_pairs = pair_losses(chosen, rejected, self.settings, self.beta)
+        return summed(of_pairs, self._figures(chosen, rejected), batch)
 
+    @torch.no_grad()
     def _figures(self, chosen: Side, rejected: Side) -> dict[str, torch.Tensor]:
         """Return the figures of each pair [pairs] by name."""
         rewards = [self.beta * (side.ratio if self.uses_reference else side.mean) for side in (chosen, rejected)]
