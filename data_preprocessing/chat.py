@@ -16,11 +16,11 @@ from typing import Any, Literal
 from toolkits.foundation.errors import DataError
 
 from .control_text import ControlText
-from .encoders import EncoderName, begin_encoder, choose_encoder
+from .encoders import EncoderName, choose_encoder
 from .masks import Span
 from .records import Conversation
 from .row_error import RowError
-from .samples import Rendered, SampleEncoder, Samples
+from .samples import Filled, Rendered, SampleEncoder, Samples
 from .shapes import LEFT, RIGHT, Shape, shape_of, stand_in
 from .spans import SpanFinder
 from .template import CHATML_SOURCE, CHATML_TOKENS, ChatTemplate, find_template
@@ -47,7 +47,6 @@ class ChatEncoder:
         train_on: TrainOn = "all",
         may_be_untrained: bool = False,
     ) -> None:
-        begun = begin_encoder(Path(folder), encoder)
         self.tokenizer: LoadedTokenizer = load_tokenizer(folder)
         source = find_template(self.tokenizer.folder, self.tokenizer.config)
         if source.origin == CHATML_SOURCE:
@@ -55,7 +54,7 @@ class ChatEncoder:
         self.template, self.train_on = ChatTemplate(source, self.tokenizer.named), train_on
         self._control = ControlText(self.tokenizer)
         self._finder = SpanFinder(self.template, self._control)
-        flat = choose_encoder(self.tokenizer, encoder, begun=begun)
+        flat = choose_encoder(self.tokenizer, encoder)
         self._samples = SampleEncoder(self.tokenizer, flat, self._control, may_be_untrained=may_be_untrained)
         self._shapes: dict[tuple[object, ...], Shape | None] = {}
         self._shapes_by_roles: dict[tuple[str, ...], Shape | None] = {}
@@ -75,16 +74,20 @@ class ChatEncoder:
         messages, tools, num_hidden = self._hidden(conversation)
         return self._rendered(messages, tools, wanted, num_hidden)
 
-    def render_plain(self, turns: PlainTurns) -> Rendered | None:
+    def render_plain(self, turns: PlainTurns) -> Filled | None:
         """Return what `render` would of a conversation of plain turns; None where it must be asked."""
-        _, roles, contents, sizes = turns
+        _, roles, contents = turns
         try:
             shape = self._shapes_by_roles[roles]
         except KeyError:
             shape = self._shape_by_roles(roles, contents)
         if shape is None or self._control.is_in(contents):
             return None
-        return shape.fill(contents, 0, sizes)
+        try:
+            filled = shape.fill_plain(contents)
+        except UnicodeEncodeError:
+            return None
+        return None if "\0" in filled.text else filled
 
     def render_prompt(self, conversation: Conversation) -> Rendered:
         """Return the text in front of the answer that the conversation waits for, of which nothing is trained."""
@@ -93,9 +96,14 @@ class ChatEncoder:
         self._finder.check_nothing_dropped(messages, tools, text)
         return Rendered(text, (), len(self._control.pattern.findall(text)), num_hidden)
 
-    def encode(self, rendered: Sequence[Rendered]) -> Samples:
+    def encode(self, rendered: Sequence[Rendered | Filled]) -> Samples:
         """Return the samples of rendered texts; an error is `control_text`, `all_masked` or `empty_row`."""
         return self._samples.encode(rendered)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `encode` would not wait for an encoder that is still being built."""
+        return self._samples.is_ready
 
     def about(self) -> dict[str, Any]:
         """Return what the manifest says of the encoding."""

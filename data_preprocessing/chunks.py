@@ -21,7 +21,7 @@ from .encoders import EncoderName
 from .reading import Row, parse_row
 from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversation, record
 from .row_error import RowError
-from .samples import Rendered, Samples
+from .samples import Filled, Rendered, Samples
 from .text import TextEncoder
 
 CHARACTERS_AT_ONCE = 1 << 20  # of a chunk's rows as they stand in the file: a few long documents are a chunk too
@@ -71,7 +71,7 @@ class Prepared:
     """A chunk's rendered rows: `groups` holds for each record the row it came from and what is known of it."""
 
     chunk: Chunk
-    rendered: list[Rendered] = field(default_factory=list)
+    rendered: list[Rendered | Filled] = field(default_factory=list)
     groups: list[tuple[int, bytes]] = field(default_factory=list)
     rejects: list[tuple[Row, RowError]] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
@@ -127,38 +127,34 @@ class ChunkWork:
         self.encoder = ChatEncoder(
             tokenizer, encoder=options.encoder, train_on=options.train_on, may_be_untrained=kind == "prompts"
         )
+        self._render_plain = self.encoder.render_plain
 
     def __call__(self, chunk: Chunk) -> Finished:
         return self.finish(self.prepare(chunk))
 
     def prepare(self, chunk: Chunk) -> Prepared:
         """Parse, check and render the rows of a chunk."""
-        done = Prepared(chunk)
+        done, encoding, layouts = Prepared(chunk), self.options.encoding, []
         for index, row in enumerate(chunk.rows):
             try:
-                value = parse_row(row, encoding=self.options.encoding)
-                layout, rendered, about = self._plain(value) or self._any(row, value)
+                value = parse_row(row, encoding=encoding)
+                turns = plain_conversation(value) if self._may_be_plain else None
+                filled = turns and self._render_plain(turns)
+                if turns and filled:
+                    layouts.append(turns.layout)
+                    done.rendered.append(filled)
+                    done.groups.append((index, b""))
+                    continue
+                found = self.record(row, value)
+                rendered, about = self._render(found)
             except RowError as error:
                 done.rejects.append((row, error))
                 continue
-            done.layouts[layout] += 1
+            layouts.append(found.layout)
             done.rendered += rendered
             done.groups.append((index, about))
+        done.layouts.update(layouts)
         return done
-
-    def _plain(self, value: Any) -> tuple[str, list[Rendered], bytes] | None:
-        """Return layout, rendered rows and line for .about of a row whose shape is known; None for any other."""
-        turns = plain_conversation(value) if self._may_be_plain else None
-        if turns is None:
-            return None
-        assert isinstance(self.encoder, ChatEncoder)  # or nothing may be plain
-        rendered = self.encoder.render_plain(turns)
-        return None if rendered is None else (turns.layout, [rendered], b"")
-
-    def _any(self, row: Row, value: Any) -> tuple[str, list[Rendered], bytes]:
-        """Return the same of any row."""
-        found = self.record(row, value)
-        return found.layout, *self._render(found)
 
     def record(self, row: Row, value: Any) -> Record:
         """Return the record of a row's JSON value; RowError when it is none, or of another kind."""
@@ -180,7 +176,7 @@ class ChunkWork:
             places = {id(row): place for place, row in enumerate(rows)}
             rejects.sort(key=lambda reject: places[id(reject[0])])
         about = b"".join([line for group, (_, line) in enumerate(done.groups) if line and group not in failed])
-        hidden = [rendered.num_control_texts for rendered in done.rendered]
+        hidden = [found for rendered in done.rendered if (found := rendered.num_control_texts)]
         return Finished(
             num_rows=len(rows),
             tokens=samples.tokens,
@@ -190,7 +186,7 @@ class ChunkWork:
             rejects=rejects,
             layouts=done.layouts,
             control_texts=sum(hidden),
-            rows_with_control_text=sum(count > 0 for count in hidden),
+            rows_with_control_text=len(hidden),
         )
 
     def about(self) -> dict[str, Any]:

@@ -46,27 +46,18 @@ def plain_turns(row: dict[str, Any]) -> PlainTurns | None:
     if row.get("tools") not in (None, "", []) or row.get("system") not in (None, ""):
         return None
     layout, key = ("messages", "messages") if "messages" in row else ("sharegpt", "conversations")
-    turns = row.get(key)
-    if type(turns) is not list:
-        return None
-    said, contents, sizes = [], [], []
-    for turn in turns:
-        if type(turn) is not dict or len(turn) != 2:
-            return None
-        text = turn.get("content") or turn.get("value")
-        if type(text) is not str or not text or "\0" in text or text.isspace():
-            return None
-        try:
-            sizes.append(len(text) if text.isascii() else len(text.encode()))
-        except UnicodeEncodeError:
-            return None
-        said.append(turn.get("role") or turn.get("from"))
-        contents.append(text)
+    said, contents = [], []
     try:
+        for turn in row[key]:
+            text = turn.get("content") or turn["value"]
+            if len(turn) != 2 or type(text) is not str or not text or text.isspace():
+                return None
+            said.append(turn.get("role") or turn["from"])
+            contents.append(text)
         roles = good_roles(tuple(said))
-    except TypeError:  # a role that is a list or an object
+    except (KeyError, TypeError, AttributeError):  # something else stands where a list, an object or a text should
         return None
-    return PlainTurns(layout, roles, contents, sizes) if roles else None
+    return PlainTurns(layout, roles, contents) if roles else None
 
 
 def answers_of(row: dict[str, Any]) -> tuple[str, list[Message], tuple[list[Message], list[Message]]]:

@@ -8,6 +8,8 @@ vocabularies.
 
 import unicodedata
 from collections.abc import Sequence
+from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from tokenizers import Encoding
@@ -36,31 +38,75 @@ def unchanged_by_nfc(text: str) -> bool:
     return text.isascii() or unicodedata.is_normalized("NFC", text)
 
 
+class Frame(NamedTuple):
+    """A text in UTF-8 but for contents that go into it: `num_bytes` without them.
+
+    An edge of a trained span lies behind that many bytes in `edges` and that many contents in `slots`; the edges
+    ascend, two for each span.
+    """
+
+    num_bytes: int
+    edges: tuple[int, ...]
+    slots: tuple[int, ...]
+
+    @classmethod
+    def around(cls, text: str, spans: Sequence[Span]) -> "Frame":
+        """Return the frame of a text without contents."""
+        size, found = in_bytes(text, spans)
+        edges = tuple(chain.from_iterable(found))
+        return cls(size, edges, (0,) * len(edges))
+
+
+class Places(NamedTuple):
+    """Where the trained spans of rows lie: `num_bytes` [rows], `num_edges` [rows], and `edges` in bytes of a row."""
+
+    num_bytes: np.ndarray
+    num_edges: np.ndarray
+    edges: np.ndarray
+
+
+def filled(frames: Sequence[Frame], sizes: Sequence[Sequence[int]]) -> Places:
+    """Return the places in texts that become of `frames` with contents of `sizes` bytes."""
+    counts = np.fromiter(map(len, sizes), np.int64, len(sizes))
+    past = np.cumsum(counts)
+    first = past - counts
+    before = np.zeros(int(counts.sum()) + 1, np.int64)
+    np.cumsum(np.fromiter(chain.from_iterable(sizes), np.int64, len(before) - 1), out=before[1:])
+    num_bytes, edges, slots = zip(*frames, strict=True)
+    num_edges = np.fromiter(map(len, edges), np.int64, len(edges))
+    total = int(num_edges.sum())
+    first_slot = np.repeat(first, num_edges)
+    slot = first_slot + np.fromiter(chain.from_iterable(slots), np.int64, total)
+    inside = np.fromiter(chain.from_iterable(edges), np.int64, total)
+    return Places(
+        np.array(num_bytes, np.int64) + before[past] - before[first],
+        num_edges,
+        inside + before[slot] - before[first_slot],
+    )
+
+
 def flat_mask(
-    ids: np.ndarray, bounds: np.ndarray, lengths: np.ndarray, texts: Sequence[tuple[int, Sequence[Span]]]
+    ids: np.ndarray, bounds: np.ndarray, lengths: np.ndarray, places: Places
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return the mask, uint8 [tokens], of rows of `ids`, and for which rows it is true, bool [rows].
 
-    `lengths` are the bytes of each token of the vocabulary; `texts` holds what `in_bytes` says of each row. A token
-    is trained when a byte of it lies in a span.
+    `lengths` are the bytes of each token of the vocabulary. A token is trained when a byte of it lies in a span.
     """
     # In 32 bits where they hold the sum: a sum that changes the type of its terms takes three times as long.
     ends = np.zeros(len(ids) + 1, np.int32 if len(ids) * int(lengths.max()) < MAX_INT32 else np.int64)
     np.cumsum(lengths.take(ids), out=ends[1:])
     first_byte = ends[bounds]
-    adds_up = np.diff(first_byte) == np.array([length for length, _ in texts], np.int64)
-    counts = [len(spans) for _, spans in texts]
-    flat = np.array([edge for _, spans in texts for span in spans for edge in span], np.int64)
+    adds_up = np.diff(first_byte) == places.num_bytes
     # No span reaches past the row that is too short for it, nor past what the type holds.
-    begin, end = np.repeat(first_byte[:-1], counts), np.repeat(first_byte[1:], counts)
-    starts, stops = (np.minimum(flat[at::2] + begin, end).astype(ends.dtype) for at in (0, 1))
+    begin, end = np.repeat(first_byte[:-1], places.num_edges), np.repeat(first_byte[1:], places.num_edges)
+    edges = np.minimum(places.edges + begin, end).astype(ends.dtype)
     # A row that does not add up must not reach into the next one.
-    row_ends = np.repeat(bounds[1:], counts)
-    first = np.minimum(np.searchsorted(ends[1:], starts, side="right"), row_ends)
-    past = np.minimum(np.searchsorted(ends[:-1], stops, side="left"), row_ends)
+    row_ends = np.repeat(bounds[1:], places.num_edges // 2)
+    first = np.minimum(np.searchsorted(ends[1:], edges[::2], side="right"), row_ends)
+    past = np.minimum(np.searchsorted(ends[:-1], edges[1::2], side="left"), row_ends)
     # Two spans may share a token.
-    edges = np.maximum.accumulate(np.concatenate([[0], np.stack([first, past], axis=1).ravel(), [len(ids)]]))
-    runs = np.diff(edges)  # of tokens that are not trained, that are, that are not, ...
+    borders = np.maximum.accumulate(np.concatenate([[0], np.stack([first, past], axis=1).ravel(), [len(ids)]]))
+    runs = np.diff(borders)  # of tokens that are not trained, that are, that are not, ...
     return np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs), adds_up
 
 

@@ -2,13 +2,14 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import NamedTuple
 
 import numpy as np
 
 from .control_text import ControlText
 from .encoders import FlatEncoder
-from .masks import Span, flat_mask, in_bytes, offset_mask, unchanged_by_nfc
+from .masks import Frame, Span, filled, flat_mask, offset_mask, unchanged_by_nfc
 from .row_error import RowError
 from .tokenizer import LoadedTokenizer
 
@@ -25,7 +26,38 @@ class Rendered(NamedTuple):
     spans: Sequence[Span]
     num_control_tokens: int
     num_control_texts: int = 0
-    in_bytes: tuple[int, Sequence[Span]] | None = None  # see `in_bytes`; None where nobody knows yet
+
+    @property
+    def sizes(self) -> Sequence[int]:
+        """No content is told from the rest."""
+        return ()
+
+    @property
+    def frame(self) -> Frame:
+        """Where the spans are in UTF-8."""
+        return Frame.around(self.text, self.spans)
+
+
+class Filled(NamedTuple):
+    """The same, of a row whose spans follow from its frame and from the `sizes` of its contents in UTF-8 bytes."""
+
+    text: str
+    frame: Frame
+    sizes: Sequence[int]
+    num_control_tokens: int
+
+    @property
+    def num_control_texts(self) -> int:
+        """Return 0: a row with some is no `Filled`."""
+        return 0
+
+    @property
+    def spans(self) -> Sequence[Span]:
+        """The trained characters, ascending."""
+        data, before = self.text.encode(), [0, *accumulate(self.sizes)]
+        edges = [edge + before[slot] for edge, slot in zip(self.frame.edges, self.frame.slots, strict=True)]
+        places = [len(data[:edge].decode()) for edge in edges]
+        return list(zip(places[::2], places[1::2], strict=True))
 
 
 @dataclass(frozen=True)
@@ -54,19 +86,24 @@ class SampleEncoder:
         self._is_control[tokenizer.control_ids] = True
         self._first_control = min(tokenizer.control_ids, default=greatest)
 
-    def encode(self, rows: Sequence[Rendered]) -> Samples:
+    @property
+    def is_ready(self) -> bool:
+        """Whether `encode` would not wait for an encoder that is still being built."""
+        return self._encoder.is_ready
+
+    def encode(self, rows: Sequence[Rendered | Filled]) -> Samples:
         """Return the rows' samples; an error is `control_text`, `all_masked` or `empty_row`."""
         flat = [number for number, row in enumerate(rows) if self._is_flat(row)]
-        ids, bounds = self._encoder.encode([rows[number].text for number in flat])
+        chosen = rows if len(flat) == len(rows) else [rows[number] for number in flat]
+        ids, bounds = self._encoder.encode([row.text for row in chosen])
         mask, errors = np.zeros(0, np.uint8), {}
         careful = set(range(len(rows))).difference(flat)
         if flat:
             assert self._lengths is not None  # or no row would be flat
-            mask, true = flat_mask(
-                ids, bounds, self._lengths, [rows[n].in_bytes or in_bytes(rows[n].text, rows[n].spans) for n in flat]
-            )
+            places = filled([row.frame for row in chosen], [row.sizes for row in chosen])
+            mask, true = flat_mask(ids, bounds, self._lengths, places)
             found = np.diff(np.searchsorted(self._control_places(ids), bounds))
-            written = np.array([rows[number].num_control_tokens for number in flat], np.int64)
+            written = np.array([row.num_control_tokens for row in chosen], np.int64)
             careful |= {flat[place] for place in np.flatnonzero(~true).tolist()}
             errors = {flat[place]: _made_control_token() for place in np.flatnonzero(found > written).tolist()}
         if careful:
@@ -80,14 +117,14 @@ class SampleEncoder:
         places = np.flatnonzero(ids >= self._first_control)  # most ids are told apart by this
         return places[self._is_control[ids[places]]]
 
-    def _is_flat(self, row: Rendered) -> bool:
+    def _is_flat(self, row: Rendered | Filled) -> bool:
         if self._lengths is None or row.num_control_texts:
             return False
         return not self._normalizes or unchanged_by_nfc(row.text)
 
     def _merged(
         self,
-        rows: Sequence[Rendered],
+        rows: Sequence[Rendered | Filled],
         ids_of: dict[int, np.ndarray],
         mask_of: dict[int, np.ndarray],
         careful: set[int],

@@ -11,8 +11,8 @@ from functools import cached_property
 from itertools import accumulate
 from typing import NamedTuple
 
-from .masks import Span
-from .samples import Rendered
+from .masks import Frame, Span
+from .samples import Filled, Rendered
 
 # What stands in for contents: a number between private-use characters, that no template asks for.
 STAND_IN = re.compile("\ue0f0([0-9]+)\ue0f1")
@@ -53,21 +53,25 @@ class Shape:
     spans: tuple[Edges, ...]
     num_control_tokens: int
 
-    def fill(self, contents: Sequence[str], num_control_texts: int, sizes: Sequence[int] | None = None) -> Rendered:
-        """Return the conversation with these contents; `sizes` are their bytes in UTF-8, where they are known."""
-        whole = self._takes_all and len(contents) == len(self.slots)
-        filled = contents if whole else [slot.content(contents) for slot in self.slots]
+    def fill(self, contents: Sequence[str], num_control_texts: int) -> Rendered:
+        """Return the conversation with these contents."""
+        parts = [slot.content(contents) for slot in self.slots]
+        spans = _placed(self.spans, map(len, parts))
+        return Rendered(self._text(parts), spans, self.num_control_tokens, num_control_texts)
+
+    def fill_plain(self, contents: Sequence[str]) -> Filled:
+        """Return the same of contents without control text; UnicodeEncodeError where one cannot be encoded."""
+        if not self._takes_all or len(contents) != len(self.slots):
+            contents = [slot.content(contents) for slot in self.slots]
+        text = self._text(contents)
+        is_ascii = text.isascii() or all(map(str.isascii, contents))
+        sizes = list(map(len, contents if is_ascii else map(str.encode, contents)))
+        return Filled(text, self._frame, sizes, self.num_control_tokens)
+
+    def _text(self, contents: Sequence[str]) -> str:
         parts = self._parts.copy()
-        parts[1::2] = filled
-        text = "".join(parts)
-        spans = _placed(self.spans, map(len, filled))
-        if sizes is None:
-            return Rendered(text, spans, self.num_control_tokens, num_control_texts)
-        if not whole:
-            sizes = [len(content.encode()) for content in filled]
-        byte_spans = spans if text.isascii() else _placed(self._byte_spans, sizes)
-        in_bytes = (self._literal_bytes + sum(sizes), byte_spans)
-        return Rendered(text, spans, self.num_control_tokens, num_control_texts, in_bytes)
+        parts[1::2] = contents
+        return "".join(parts)
 
     @cached_property
     def _takes_all(self) -> bool:
@@ -81,17 +85,14 @@ class Shape:
         return parts
 
     @cached_property
-    def _literal_bytes(self) -> int:
-        return len("".join(self.literals).encode())
-
-    @cached_property
-    def _byte_spans(self) -> tuple[Edges, ...]:
+    def _frame(self) -> Frame:
         literal = "".join(self.literals)
-
-        def bytes_before(character: int) -> int:
-            return len(literal[:character].encode())
-
-        return tuple([((bytes_before(a), before), (bytes_before(b), past)) for (a, before), (b, past) in self.spans])
+        edges = [edge for span in self.spans for edge in span]
+        return Frame(
+            len(literal.encode()),
+            tuple([len(literal[:characters].encode()) for characters, _ in edges]),
+            tuple([slots for _, slots in edges]),
+        )
 
 
 def _placed(spans: Sequence[Edges], lengths: Iterable[int]) -> list[Span]:

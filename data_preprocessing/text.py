@@ -9,9 +9,9 @@ import numpy as np
 from toolkits.foundation.errors import DataError, UsageError
 
 from .control_text import ControlText
-from .encoders import EncoderName, begin_encoder, choose_encoder
+from .encoders import EncoderName, choose_encoder
 from .records import Document
-from .samples import Rendered, SampleEncoder, Samples
+from .samples import Filled, Rendered, SampleEncoder, Samples
 from .tokenizer import LoadedTokenizer, load_tokenizer
 
 # What published vocabularies separate documents with in pre-training. A chat model's eos_token is often the end
@@ -26,11 +26,10 @@ class TextEncoder:
     """
 
     def __init__(self, folder: Path, *, encoder: EncoderName = "auto", end_token: str | None = None) -> None:
-        begun = begin_encoder(Path(folder), encoder)
         self.tokenizer: LoadedTokenizer = load_tokenizer(folder)
         self.end_token, self.end_id, self.end_reason = _end_token(self.tokenizer, end_token)
         self._control = ControlText(self.tokenizer)
-        flat = choose_encoder(self.tokenizer, encoder, begun=begun)
+        flat = choose_encoder(self.tokenizer, encoder)
         self._samples = SampleEncoder(self.tokenizer, flat, self._control)
 
     def render(self, document: Document) -> Rendered:
@@ -38,13 +37,18 @@ class TextEncoder:
         text, found = self._control.hide(document.text)
         return Rendered(text, ((0, len(text)),), 0, found)
 
-    def encode(self, rendered: Sequence[Rendered]) -> Samples:
+    def encode(self, rendered: Sequence[Rendered | Filled]) -> Samples:
         """Return the samples of rendered texts; an error is `control_text`."""
         found = self._samples.encode(rendered)
         whole = found.lengths > 0
         ends = np.cumsum(found.lengths)[whole]
         tokens, mask = np.insert(found.tokens, ends, self.end_id), np.insert(found.mask, ends, 1)
         return Samples(tokens, mask, found.lengths + whole, found.errors)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether `encode` would not wait for an encoder that is still being built."""
+        return self._samples.is_ready
 
     def about(self) -> dict[str, Any]:
         """Return what the manifest says of the encoding."""

@@ -1,12 +1,12 @@
 """A HuggingFace tokenizer folder, read without transformers, and its fingerprint.
 
-The encoder itself is built when somebody asks for it: that takes a second, and the fast one (see encoders.py)
-does not need it.
+What a large tokenizer.json says is kept (see kept.py). The encoder itself is built when somebody asks for it: that
+takes a second, and the fast one (see encoders.py) does not need it.
 """
 
 import hashlib
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,8 +18,11 @@ from tokenizers import AddedToken, Tokenizer
 
 from toolkits.foundation.errors import DataError
 
+from .kept import kept
+
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 FILES_WITHOUT_JSON = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt", "qwen.tiktoken")
+KEPT_FROM = 1_000_000  # bytes of tokenizer.json that are worth a file in the cache
 
 
 @dataclass(frozen=True)
@@ -33,7 +36,7 @@ class LoadedTokenizer:
 
     folder: Path
     named: Mapping[str, str]
-    control: tuple[str, ...]
+    control: Sequence[str]
     config: Mapping[str, Any]
     ids: Mapping[str, int]
     byte_lengths: np.ndarray | None
@@ -69,6 +72,23 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
         raise DataError(f"{folder}: no such tokenizer folder; give the folder that holds tokenizer.json")
     config = read_json(folder / "tokenizer_config.json")
     named = _named_tokens(config, read_json(folder / "special_tokens_map.json"))
+    path = folder / "tokenizer.json"
+    if not path.exists() or path.stat().st_size < KEPT_FROM:
+        return LoadedTokenizer(folder=folder, named=named, config=config, **_found_out(folder, config, named))
+    code = Path(__file__).read_bytes()
+    digests = [hashlib.sha256(one).hexdigest() for one in (path.read_bytes(), code)]
+
+    def find_out() -> bytes:
+        return orjson.dumps(_found_out(folder, config, named), option=orjson.OPT_SERIALIZE_NUMPY)
+
+    found = orjson.loads(kept("tokenizers", [*digests, config, named], find_out))
+    if found["byte_lengths"] is not None:
+        found["byte_lengths"] = np.array(found["byte_lengths"], np.int32)
+    return LoadedTokenizer(folder=folder, named=named, config=config, **found)
+
+
+def _found_out(folder: Path, config: Mapping[str, Any], named: Mapping[str, str]) -> dict[str, Any]:
+    """Return those fields of a LoadedTokenizer that tokenizer.json, or the encoder without one, decides."""
     path, content, fingerprint, as_json = folder / "tokenizer.json", None, None, None
     if path.exists():
         content = read_json(path)
@@ -83,17 +103,14 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     vocabulary = content["model"]["vocab"]
     ids = {text: vocabulary[text] for text in control if isinstance(vocabulary, dict) and text in vocabulary}
     ids |= {token["content"]: token["id"] for token in content["added_tokens"]}
-    return LoadedTokenizer(
-        folder=folder,
-        named=named,
-        control=tuple(sorted(control)),
-        config=config,
-        ids=ids,
-        byte_lengths=byte_lengths(content),
-        normalizes=bool(content.get("normalizer")),
-        fingerprint=fingerprint or tokenizer_fingerprint(folder),
-        as_json=as_json,
-    )
+    return {
+        "control": sorted(control),
+        "ids": ids,
+        "byte_lengths": byte_lengths(content),
+        "normalizes": bool(content.get("normalizer")),
+        "fingerprint": fingerprint or tokenizer_fingerprint(folder),
+        "as_json": as_json,
+    }
 
 
 def byte_lengths(content: Mapping[str, Any]) -> np.ndarray | None:

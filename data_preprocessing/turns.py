@@ -53,13 +53,12 @@ class Message(NamedTuple):
 class PlainTurns(NamedTuple):
     """A good conversation of turns that are a role and a text each, and no text blank.
 
-    `sizes` are the texts' bytes in UTF-8.
+    Good but for this: a text may have a NUL or half of a surrogate pair.
     """
 
     layout: str
     roles: tuple[str, ...]
     contents: list[str]
-    sizes: list[int]
 
 
 def merged(messages: list[Message]) -> list[Message]:

@@ -10,8 +10,10 @@ from pathlib import Path
 
 from toolkits.foundation.errors import DataError, TemperError, describe
 
-from .chunks import BuildOptions, Chunk, ChunkWork, Finished
+from .chunks import BuildOptions, Chunk, ChunkWork, Finished, Prepared
 from .dataset import Kind
+
+AHEAD = 24  # chunks that wait for the encoder at most; 2 MB each
 
 
 def finished_chunks(
@@ -19,8 +21,23 @@ def finished_chunks(
 ) -> Iterator[Finished]:
     """Yield what becomes of each chunk, in order; `options.workers` says in how many processes."""
     if options.workers == 1:
-        return map(work, chunks)
+        return _in_this_process(chunks, work)
     return _in_processes(chunks, kind, tokenizer, options)
+
+
+def _in_this_process(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finished]:
+    """Work on one chunk after the other; the first ones are prepared while their encoder is being built.
+
+    Later there is nothing to win by that: the encoder's own threads take all cores.
+    """
+    prepared: deque[Prepared] = deque()
+    for chunk in chunks:
+        prepared.append(work.prepare(chunk))
+        if len(prepared) == AHEAD or work.encoder.is_ready:
+            while prepared:
+                yield work.finish(prepared.popleft())
+    while prepared:
+        yield work.finish(prepared.popleft())
 
 
 def _in_processes(chunks: Iterator[Chunk], kind: Kind, tokenizer: Path, options: BuildOptions) -> Iterator[Finished]:

@@ -1,5 +1,6 @@
 """Encoders that are equal or are not used, and masks from lengths alone against the tokenizer's own offsets."""
 
+import dataclasses
 import json
 import random
 import sys
@@ -8,12 +9,13 @@ import numpy as np
 import pytest
 from data_world import NO_SHARED, PIECES, SHARED, TEMPLATES, fuzzed_rows, talk, unmarked, write_rows, write_tokenizer
 
+import data_preprocessing.tokenizer
 from data_preprocessing import encoders
 from data_preprocessing.build import BuildOptions, build
 from data_preprocessing.chat import ChatEncoder
 from data_preprocessing.dataset import FILE_SUFFIXES
-from data_preprocessing.encoders import TokenizersEncoder, choose_encoder, compare
-from data_preprocessing.masks import flat_mask, in_bytes, offset_mask, unchanged_by_nfc
+from data_preprocessing.encoders import FastokensEncoder, TokenizersEncoder, choose_encoder, compare, quickly_read
+from data_preprocessing.masks import Frame, filled, flat_mask, offset_mask, unchanged_by_nfc
 from data_preprocessing.records import conversation
 from data_preprocessing.row_error import RowError
 from data_preprocessing.samples import Rendered
@@ -40,22 +42,71 @@ def test_fastokens_is_taken_when_it_is_equal_and_asked_only_once(tmp_path, monke
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t"))
     assert choose_encoder(tokenizer).name == "fastokens"
     assert "comparing the encoders" in capsys.readouterr().err
-    [remembered] = (tmp_path / "cache" / "temper" / "encoders").glob("*.json")
-    assert json.loads(remembered.read_text())["difference"] == ""
     monkeypatch.setattr(encoders, "compare", lambda tokenizer: pytest.fail("asked again"))
     assert choose_encoder(tokenizer).name == "fastokens"
     assert capsys.readouterr().err == ""
     assert choose_encoder(tokenizer, "tokenizers").name == "tokenizers"
 
 
-def test_a_file_in_the_cache_that_is_no_answer_is_asked_again(tmp_path, monkeypatch):
+@pytest.mark.parametrize("damage", [lambda data: data[:-1], lambda data: data + b"x", lambda data: b"", bytes.upper])
+def test_what_is_damaged_in_the_cache_is_found_out_again(tmp_path, monkeypatch, damage):
     pytest.importorskip("fastokens")
-    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t"))
-    choose_encoder(tokenizer)
-    [remembered] = (tmp_path / "cache" / "temper" / "encoders").glob("*.json")
-    remembered.write_text('{"half')
-    assert choose_encoder(tokenizer).name == "fastokens"
-    assert json.loads(remembered.read_text())["difference"] == ""
+    folder = write_tokenizer(tmp_path / "t")
+    small = dataclasses.asdict(load_tokenizer(folder))
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(data_preprocessing.tokenizer, "KEPT_FROM", 0)
+    monkeypatch.setattr(encoders, "LARGE_VOCABULARY", 0)
+
+    def ids():
+        tokenizer = load_tokenizer(folder)
+        assert choose_encoder(tokenizer).name == "fastokens"
+        return tokenizer, [part.tolist() for part in FastokensEncoder(tokenizer).encode(["a b", "<|im_end|>中"])]
+
+    _, expected = ids()
+    files = [path for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert {path.parent.name for path in files} == {"encoders", "fastokens", "tokenizers"}
+    whole = {path: path.read_bytes() for path in files}
+    for path in files:
+        path.write_bytes(damage(whole[path]))
+    again, found = ids()
+    assert found == expected
+    assert {path: path.read_bytes() for path in files} == whole
+    for name, value in dataclasses.asdict(again).items():
+        assert np.array_equal(value, small[name]), name
+
+
+def test_a_cache_that_cannot_be_written_stops_nothing(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fastokens")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert choose_encoder(load_tokenizer(write_tokenizer(tmp_path / "t"))).name == "fastokens"
+    assert "this will be found out again" in capsys.readouterr().err
+
+
+def test_a_changed_tokenizer_is_not_taken_from_the_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(data_preprocessing.tokenizer, "KEPT_FROM", 0)
+    folder = write_tokenizer(tmp_path / "t")
+    before = load_tokenizer(folder)
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["pad_token"] = "<|another|>"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    after = load_tokenizer(folder)
+    assert "<|another|>" in after.control and "<|another|>" not in before.control and after.as_json is not None
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["normalizer"] = {"type": "NFC"} if not before.normalizes else None
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(folder).normalizes != before.normalizes
+    assert load_tokenizer(folder).fingerprint != before.fingerprint
+
+
+def test_merges_that_fastokens_could_not_tell_apart_keep_their_spelling():
+    model = {"vocab": {"b": 1, "a": 0}, "merges": [["a", "b"]]}
+    content = {"version": "1.0", "added_tokens": [], "model": model, "decoder": {"type": "ByteLevel"}}
+    spelled = quickly_read(content)
+    assert spelled["model"]["merges"] == ["a b"] and list(spelled["model"]["vocab"]) == ["a", "b"]
+    assert "decoder" not in spelled and content["model"]["merges"] == [["a", "b"]]
+    model["merges"].append(["a ", "b"])
+    assert quickly_read(content)["model"]["merges"] == [["a", "b"], ["a ", "b"]]
 
 
 def test_an_encoder_that_differs_is_not_used(tmp_path, monkeypatch, capsys):
@@ -121,8 +172,8 @@ def test_masks_from_lengths_are_those_from_offsets(tmp_path):
             texts.append(text)
             spans.append(list(zip(edges[::2], edges[1::2], strict=True)))
         ids, bounds = TokenizersEncoder(tokenizer).encode(texts)
-        bytes_of = [in_bytes(text, span) for text, span in zip(texts, spans, strict=True)]
-        mask, adds_up = flat_mask(ids, bounds, tokenizer.byte_lengths, bytes_of)
+        frames = [Frame.around(text, span) for text, span in zip(texts, spans, strict=True)]
+        mask, adds_up = flat_mask(ids, bounds, tokenizer.byte_lengths, filled(frames, [()] * len(frames)))
         flat = [number for number, text in enumerate(texts) if adds_up[number] and unchanged_by_nfc(text)]
         assert len(flat) > 100
         for number in flat:
