@@ -16,6 +16,7 @@ from typing import Any, Literal
 from toolkits.foundation.errors import DataError
 
 from .control_text import ControlText
+from .dataset import mask_byte
 from .encoders import EncoderName, choose_encoder
 from .masks import Span
 from .records import Conversation
@@ -35,7 +36,8 @@ MAX_SHAPES = 4096  # remembered; conversations of still other shapes are rendere
 class ChatEncoder:
     """A tokenizer folder's chat template and encoder.
 
-    `train_on`: all answers but those that the row marks with `loss` false, the last of these, or those marked true.
+    `train_on`: all answers but those that the row marks with `loss` false, the last of these, or those marked true;
+    a mark may be a weight.
     `may_be_untrained`: a row of which nothing is trained is welcome.
     """
 
@@ -59,8 +61,8 @@ class ChatEncoder:
         self._shapes: dict[tuple[object, ...], Shape | None] = {}
         self._shapes_by_roles: dict[tuple[str, ...], Shape | None] = {}
 
-    def render(self, conversation: Conversation, *, trained: Sequence[bool] | None = None) -> Rendered:
-        """Return the conversation's text and trained spans; `trained` says of each turn whether it is one.
+    def render(self, conversation: Conversation, *, trained: Sequence[float] | None = None) -> Rendered:
+        """Return the conversation's text and trained spans; `trained` says with which weight each turn is, 0 for none.
 
         Without it `train_on` decides. Raises RowError with reasons `template`, `dropped_turn`, `undecidable`,
         `no_end_token` and `control_text`.
@@ -120,7 +122,7 @@ class ChatEncoder:
         self._shapes_by_roles[roles] = shape
         return shape
 
-    def _shape(self, messages: Sequence[Message], trained: Sequence[bool] | None) -> Shape | None:
+    def _shape(self, messages: Sequence[Message], trained: Sequence[float] | None) -> Shape | None:
         """Return the shape of such conversations; None where they must be rendered one by one."""
         turns = [(message.role, message.loss, not message.content) for message in messages]
         key = (tuple(turns), trained and tuple(trained))
@@ -131,7 +133,7 @@ class ChatEncoder:
             self._shapes[key] = self._new_shape(messages, trained or _trained_turns(messages, self.train_on))
         return self._shapes.get(key)
 
-    def _new_shape(self, messages: Sequence[Message], wanted: Sequence[bool]) -> Shape | None:
+    def _new_shape(self, messages: Sequence[Message], wanted: Sequence[float]) -> Shape | None:
         trial = [
             message._replace(content=stand_in(number) if message.content else "")
             for number, message in enumerate(messages)
@@ -144,13 +146,13 @@ class ChatEncoder:
             return None  # the row itself will say what is wrong
 
     def _rendered(
-        self, messages: Sequence[Message], tools: list[dict[str, Any]], wanted: Sequence[bool], num_hidden: int
+        self, messages: Sequence[Message], tools: list[dict[str, Any]], wanted: Sequence[float], num_hidden: int
     ) -> Rendered:
         text, spans, one_each = self._finder.render(messages, tools)
         if num_hidden and ESCAPED_HALF.search(text):
             raise RowError("control_text", "the chat template escapes control text in a message, which hides it")
-        spans = _chosen(spans, one_each, messages, wanted)
-        return Rendered(text, tuple(spans), len(self._control.pattern.findall(text)), num_hidden)
+        spans, weights = _chosen(spans, one_each, messages, wanted)
+        return Rendered(text, tuple(spans), len(self._control.pattern.findall(text)), num_hidden, weights)
 
     def _hidden(self, conversation: Conversation) -> tuple[list[Message], list[dict[str, Any]], int]:
         """Return messages and tools with their control text hidden, and how many there were."""
@@ -172,28 +174,29 @@ class ChatEncoder:
         return messages, tools, total + count
 
 
-def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[bool]:
-    """Return of each turn whether it is trained."""
-    if train_on == "marked":
-        return [message.role == "assistant" and message.loss is True for message in messages]
-    trained = [message.role == "assistant" and message.loss is not False for message in messages]
-    if train_on == "last":
-        return [*([False] * (len(trained) - 1)), trained[-1]]
-    return trained
+def _trained_turns(messages: Sequence[Message], train_on: TrainOn) -> list[float]:
+    """Return the weight with which each turn is trained."""
+    unmarked = 0.0 if train_on == "marked" else 1.0
+    marks = [unmarked if message.loss is None else message.loss for message in messages]
+    weights = [mark * (message.role == "assistant") for mark, message in zip(marks, messages, strict=True)]
+    return [*([0.0] * (len(weights) - 1)), weights[-1]] if train_on == "last" else weights
 
 
-def _chosen(spans: list[Span], one_each: bool, messages: Sequence[Message], wanted: Sequence[bool]) -> list[Span]:
-    """Return the spans of the turns that are wanted."""
+def _chosen(
+    spans: list[Span], one_each: bool, messages: Sequence[Message], wanted: Sequence[float]
+) -> tuple[list[Span], Sequence[int]]:
+    """Return the spans of the turns that are wanted, and what the mask holds in each."""
     answers = [want for message, want in zip(messages, wanted, strict=True) if message.role == "assistant"]
-    if all(answers):
-        return spans
+    if all(want == 1 for want in answers):
+        return spans, [1] * len(spans)
     if not one_each:
         raise RowError(
             "undecidable",
-            f"the template marks {len(spans)} spans as generated for {len(answers)} answers, and not all of them are "
-            "trained: which span is whose cannot be told",
+            f"the template marks {len(spans)} spans as generated for {len(answers)} answers, which are not all trained "
+            "alike: which span is whose cannot be told",
         )
-    return [span for span, want in zip(spans, answers, strict=True) if want]
+    chosen = [(span, mask_byte(want)) for span, want in zip(spans, answers, strict=True) if want]
+    return [span for span, _ in chosen], [byte for _, byte in chosen]
 
 
 def _require_chatml_tokens(tokenizer: LoadedTokenizer) -> None:

@@ -140,7 +140,7 @@ def keys_of(dataset: Dataset) -> Keys:
         for row in range(len(dataset)):
             digest = blake2b(np.ascontiguousarray(dataset.tokens(row), "<i4").data, digest_size=8)
             keys[0, row] = int.from_bytes(digest.digest(), "little")
-            digest.update(np.ascontiguousarray(dataset.mask(row), np.uint8).data)
+            digest.update(np.ascontiguousarray(dataset.weights(row), np.float32).data)
             keys[1, row] = int.from_bytes(digest.digest(), "little")
             about = dataset.about(row) if isinstance(dataset, IndexedDataset) else {}
             if about:

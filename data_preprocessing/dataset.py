@@ -1,7 +1,8 @@
 """The dataset on disk, in bytes. All numbers are little-endian.
 
     PREFIX_text_document.bin    the tokens of all rows, one behind the other: int32 each
-    PREFIX_text_document.mask   one byte per token, in the same order: 1 = trained on, 0 = context
+    PREFIX_text_document.mask   one byte per token, in the same order: 0 = context, 1 = trained on, any other = trained
+                                on with a weight of so many hundredths
     PREFIX_text_document.idx    bytes 0-8    "MMIDIDX" and two zero bytes
                                 9-16         uint64 version, 1
                                 17           uint8 code of the token type, 4 = int32
@@ -49,6 +50,8 @@ TOKEN_TYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4
 INT32_CODE = 4
 HEAD = 1 << 16  # bytes of tokens that tell a dataset without a manifest from another
 TOKENS_AT_ONCE = 1 << 26  # tokens that a scan holds in memory
+LEAST_WEIGHT, MOST_WEIGHT = 0.02, 2.55  # beside 0 and 1
+WEIGHT_OF = np.where(np.arange(256) == 1, 1, np.arange(256) / 100).astype(np.float32)  # [byte of .mask]
 
 Kind = Literal["conversations", "text", "preferences", "labelled", "prompts"]
 KINDS_WITH_ABOUT = ("labelled", "prompts")
@@ -57,6 +60,11 @@ KINDS_WITH_ABOUT = ("labelled", "prompts")
 def file_suffixes(kind: Kind) -> tuple[str, ...]:
     """Return the suffixes of a dataset's files in the order of publishing: the manifest commits the set."""
     return (*FILE_SUFFIXES[:-1], *([ABOUT_SUFFIX] if kind in KINDS_WITH_ABOUT else []), FILE_SUFFIXES[-1])
+
+
+def mask_byte(weight: float) -> int:
+    """Return what .mask holds for tokens of a weight."""
+    return 1 if weight == 1 else round(100 * weight)
 
 
 class Dataset(Protocol):
@@ -95,6 +103,9 @@ class Dataset(Protocol):
 
     def mask(self, row: int) -> np.ndarray:
         """Return the row's loss mask, uint8 [length]: 1 where the token is a training target."""
+
+    def weights(self, row: int) -> np.ndarray:
+        """Return how much each token of the row counts as a training target, fp32 [length]; mostly the mask."""
 
 
 def document_prefix(path: Path) -> Path:
@@ -219,7 +230,10 @@ class IndexedDataset:
         return self._tokens[self._span(row)]
 
     def mask(self, row: int) -> np.ndarray:
-        return self._mask[self._span(row)]
+        return (self._mask[self._span(row)] != 0).view(np.uint8)
+
+    def weights(self, row: int) -> np.ndarray:
+        return WEIGHT_OF[self._mask[self._span(row)]]
 
     @property
     def max_token_id(self) -> int:
@@ -266,7 +280,7 @@ class IndexedDataset:
         while first < len(self):
             past = max(first + 1, int(np.searchsorted(starts, starts[first] + TOKENS_AT_ONCE)))
             begin, end = int(starts[first]), int(starts[past]) if past < len(self) else len(self._mask)
-            mask = np.array(self._mask[begin:end])
+            mask = self._mask[begin:end] != 0
             mask[starts[first:past] - begin] = 0
             counts[first:past] = np.add.reduceat(mask, starts[first:past] - begin, dtype=np.int64)
             first = past

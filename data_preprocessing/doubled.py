@@ -85,6 +85,9 @@ class DoubledDataset:
         mask = np.append(False, labels != IGNORED)
         return mask[: int(self.lengths[row])].astype(np.uint8)
 
+    def weights(self, row: int) -> np.ndarray:
+        return self.mask(row).astype(np.float32)
+
     def _halves(self, row: int) -> tuple[np.ndarray, np.ndarray]:
         start, stored = int(self._scan.starts[row]), int(self._scan.stored[row])
         tokens = self._numbers[start : start + stored]

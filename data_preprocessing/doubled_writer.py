@@ -30,6 +30,7 @@ WHY_NOT = {
     "labelled": "it has no place for labels",
     "prompts": "it has no place for reference answers",
 }
+NO_WEIGHTS = "the doubled layout has no place for them: build the rows again with loss true or false"
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,10 @@ def _documents(dataset: Dataset, packed: Packed, seq_len: int, pad: int) -> Iter
             place = 0
             for row in packed.rows[begin:end].tolist():
                 length = int(packed.fitted.lengths[row])
-                place += _put(document[:, place:], dataset.tokens(row)[:length], dataset.mask(row)[:length])
+                mask = dataset.mask(row)
+                if (dataset.weights(row) != mask).any():
+                    raise DataError(f"{dataset.path}: row {row} is trained with weights; {NO_WEIGHTS}")
+                place += _put(document[:, place:], dataset.tokens(row)[:length], mask[:length])
         yield block
 
 

@@ -78,6 +78,10 @@ class Entries:
         heading = f"row {row} of {len(self)}: {len(tokens)} tokens, {np.count_nonzero(mask)} trained"
         about = self.dataset.about(row) if isinstance(self.dataset, IndexedDataset) else {}
         notes = [visible(f"{key}: {value}") for key, value in about.items()]
+        weights, counts = np.unique(self.dataset.weights(row)[mask != 0].round(2), return_counts=True)
+        if len(weights) and weights.tolist() != [1]:
+            said = [f"{weight:g} for {count}" for weight, count in zip(weights, counts, strict=True)]
+            notes.append(f"weights of the trained tokens: {', '.join(said)}")
         if "label" in about and self.dataset.kind == "labelled":
             notes[list(about).index("label")] = f"label: {'good' if about['label'] else 'bad'} answer"
         return Entry(heading, [Section("", decoded_pieces(self.tokenizer, tokens, mask))], notes)

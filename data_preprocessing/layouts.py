@@ -1,7 +1,8 @@
 """The layouts that people's rows come in -> messages.
 
     messages     {"messages": [{"role": "user", "content": ...}, ...], "tools": [...]}
-                 assistant turns may have `tool_calls`, `reasoning_content` and `loss`; `tool` turns follow calls
+                 assistant turns may have `tool_calls`, `reasoning_content` and `loss` (true, false or a weight);
+                 `tool` turns follow calls
     sharegpt     {"conversations": [{"from": "human", "value": ...}, ...], "system": ..., "tools": ...}
                  from: human, gpt, system, function_call (its value is the call, or a list of calls), observation
     alpaca       {"instruction": ..., "input": ..., "output": ..., "history": [[q, a], ...], "system": ...}
@@ -15,6 +16,7 @@ a text, a message, a list of messages, or, with no prompt beside them, a whole c
 
 from typing import Any
 
+from .dataset import LEAST_WEIGHT, MOST_WEIGHT
 from .row_error import RowError
 from .turns import CALL_ROLES, ROLES, Message, PlainTurns, good_roles, is_encodable, json_of, json_type, text_of
 
@@ -195,11 +197,14 @@ def _calls(value: Any, path: str) -> tuple[dict[str, Any], ...]:
     return tuple(calls)
 
 
-def _loss(turn: dict[str, Any], path: str) -> bool | None:
-    """Return whether a turn asks to be trained; None when it does not say."""
+def _loss(turn: dict[str, Any], path: str) -> float | None:
+    """Return how much a turn asks to be trained, to the hundredth; None when it does not say."""
     key = next((key for key in LOSS_KEYS if turn.get(key) is not None), None)
     if key is None:
         return None
-    if turn[key] not in (True, False):  # 1 and 0 are equal to them
-        raise RowError("type", f"{path}.{key} must be true, false, 1 or 0; weights between are not built yet")
-    return bool(turn[key])
+    value = turn[key]
+    if value in (True, False):  # 1 and 0 are equal to them
+        return float(value)
+    if type(value) in (int, float) and LEAST_WEIGHT <= value <= MOST_WEIGHT:
+        return round(float(value), 2)
+    raise RowError("type", f"{path}.{key} must be true, false or a weight from {LEAST_WEIGHT} to {MOST_WEIGHT}")

@@ -42,27 +42,32 @@ class Frame(NamedTuple):
     """A text in UTF-8 but for contents that go into it: `num_bytes` without them.
 
     An edge of a trained span lies behind that many bytes in `edges` and that many contents in `slots`; the edges
-    ascend, two for each span.
+    ascend, two for each span. `marks` is what the mask holds in each span.
     """
 
     num_bytes: int
     edges: tuple[int, ...]
     slots: tuple[int, ...]
+    marks: tuple[int, ...]
 
     @classmethod
-    def around(cls, text: str, spans: Sequence[Span]) -> "Frame":
+    def around(cls, text: str, spans: Sequence[Span], marks: Sequence[int] = ()) -> "Frame":
         """Return the frame of a text without contents."""
         size, found = in_bytes(text, spans)
         edges = tuple(chain.from_iterable(found))
-        return cls(size, edges, (0,) * len(edges))
+        return cls(size, edges, (0,) * len(edges), tuple(marks) or (1,) * len(spans))
 
 
 class Places(NamedTuple):
-    """Where the trained spans of rows lie: `num_bytes` [rows], `num_edges` [rows], and `edges` in bytes of a row."""
+    """Where the trained spans of rows lie: `num_bytes` [rows], `num_edges` [rows], and `edges` in bytes of a row.
+
+    `marks` uint8 [spans] is what the mask holds in each.
+    """
 
     num_bytes: np.ndarray
     num_edges: np.ndarray
     edges: np.ndarray
+    marks: np.ndarray
 
 
 def filled(frames: Sequence[Frame], sizes: Sequence[Sequence[int]]) -> Places:
@@ -72,7 +77,7 @@ def filled(frames: Sequence[Frame], sizes: Sequence[Sequence[int]]) -> Places:
     first = past - counts
     before = np.zeros(int(counts.sum()) + 1, np.int64)
     np.cumsum(np.fromiter(chain.from_iterable(sizes), np.int64, len(before) - 1), out=before[1:])
-    num_bytes, edges, slots = zip(*frames, strict=True)
+    num_bytes, edges, slots, marks = zip(*frames, strict=True)
     num_edges = np.fromiter(map(len, edges), np.int64, len(edges))
     total = int(num_edges.sum())
     first_slot = np.repeat(first, num_edges)
@@ -82,6 +87,7 @@ def filled(frames: Sequence[Frame], sizes: Sequence[Sequence[int]]) -> Places:
         np.array(num_bytes, np.int64) + before[past] - before[first],
         num_edges,
         inside + before[slot] - before[first_slot],
+        np.fromiter(chain.from_iterable(marks), np.uint8, total // 2),
     )
 
 
@@ -107,19 +113,24 @@ def flat_mask(
     # Two spans may share a token.
     borders = np.maximum.accumulate(np.concatenate([[0], np.stack([first, past], axis=1).ravel(), [len(ids)]]))
     runs = np.diff(borders)  # of tokens that are not trained, that are, that are not, ...
-    return np.repeat((np.arange(len(runs)) % 2).astype(np.uint8), runs), adds_up
+    marks = np.zeros(len(runs), np.uint8)
+    marks[1::2] = places.marks
+    return np.repeat(marks, runs), adds_up
 
 
-def offset_mask(encoding: Encoding, text: str, spans: Sequence[Span]) -> np.ndarray:
+def offset_mask(encoding: Encoding, text: str, spans: Sequence[Span], marks: Sequence[int] = ()) -> np.ndarray:
     """Return the mask, uint8 [tokens], of one row by the offsets that the tokenizer itself gives."""
     mask = np.zeros(len(encoding), np.uint8)
-    for start, end in spans:
+    before = 0  # tokens that are settled: of a token that two spans share, the first one decides
+    for (start, end), mark in zip(spans, marks or [1] * len(spans), strict=True):
         first = _first_token(encoding, range(start, len(text)))
         past = _first_token(encoding, range(end, len(text)))
         # A token that begins inside the span is trained even when it ends outside.
         if past < len(encoding) and _first_character(encoding, past) < end:
             past += 1
-        mask[first:past] = 1
+        first = max(first, before)
+        mask[first:past] = mark
+        before = max(first, past)
     return mask
 
 

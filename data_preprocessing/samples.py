@@ -17,7 +17,8 @@ from .tokenizer import LoadedTokenizer
 class Rendered(NamedTuple):
     """A row as the model reads it.
 
-    `spans` are the trained characters, ascending; `num_control_tokens` counts the control tokens that `text` holds,
+    `spans` are the trained characters, ascending, and `marks` what the mask holds in each, 1 where nobody says;
+    `num_control_tokens` counts the control tokens that `text` holds,
     `num_control_texts` the texts in messages that only look like some: when there are any, `text` holds them hidden
     (see control_text.py).
     """
@@ -26,6 +27,7 @@ class Rendered(NamedTuple):
     spans: Sequence[Span]
     num_control_tokens: int
     num_control_texts: int = 0
+    marks: Sequence[int] = ()
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -35,7 +37,7 @@ class Rendered(NamedTuple):
     @property
     def frame(self) -> Frame:
         """Where the spans are in UTF-8."""
-        return Frame.around(self.text, self.spans)
+        return Frame.around(self.text, self.spans, self.marks)
 
 
 class Filled(NamedTuple):
@@ -52,6 +54,11 @@ class Filled(NamedTuple):
         return 0
 
     @property
+    def marks(self) -> Sequence[int]:
+        """What the mask holds in each span."""
+        return self.frame.marks
+
+    @property
     def spans(self) -> Sequence[Span]:
         """The trained characters, ascending."""
         data, before = self.text.encode(), [0, *accumulate(self.sizes)]
@@ -62,7 +69,7 @@ class Filled(NamedTuple):
 
 @dataclass(frozen=True)
 class Samples:
-    """Rows of a dataset, one behind the other: `tokens` int32 [n], `mask` uint8 [n], 1 where a token is trained.
+    """Rows of a dataset, one behind the other: `tokens` int32 [n], `mask` uint8 [n] as the dataset has it.
 
     `lengths` int64 [rows] is 0 for a row that went wrong; `errors` says what of which row.
     """
@@ -136,7 +143,7 @@ class SampleEncoder:
                 continue
             try:
                 encoding, ids_of[number] = self._control.encode(row.text, hidden=row.num_control_texts > 0)
-                mask_of[number] = offset_mask(encoding, row.text, row.spans)
+                mask_of[number] = offset_mask(encoding, row.text, row.spans, row.marks)
             except RowError as error:
                 errors[number] = error
                 ids_of[number], mask_of[number] = np.zeros(0, np.int32), np.zeros(0, np.uint8)

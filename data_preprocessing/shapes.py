@@ -51,13 +51,14 @@ class Shape:
     literals: tuple[str, ...]
     slots: tuple[Slot, ...]
     spans: tuple[Edges, ...]
+    marks: tuple[int, ...]
     num_control_tokens: int
 
     def fill(self, contents: Sequence[str], num_control_texts: int) -> Rendered:
         """Return the conversation with these contents."""
         parts = [slot.content(contents) for slot in self.slots]
         spans = _placed(self.spans, map(len, parts))
-        return Rendered(self._text(parts), spans, self.num_control_tokens, num_control_texts)
+        return Rendered(self._text(parts), spans, self.num_control_tokens, num_control_texts, self.marks)
 
     def fill_plain(self, contents: Sequence[str]) -> Filled:
         """Return the same of contents without control text; UnicodeEncodeError where one cannot be encoded."""
@@ -92,6 +93,7 @@ class Shape:
             len(literal.encode()),
             tuple([len(literal[:characters].encode()) for characters, _ in edges]),
             tuple([slots for _, slots in edges]),
+            self.marks,
         )
 
 
@@ -123,4 +125,4 @@ def shape_of(rendered: Rendered, padded: str) -> Shape | None:
         return None
     spans = tuple((place(start), place(end)) for start, end in rendered.spans)
     literals = STAND_IN.split(rendered.text)[::2]
-    return Shape(tuple(literals), slots, spans, rendered.num_control_tokens)
+    return Shape(tuple(literals), slots, spans, tuple(rendered.marks), rendered.num_control_tokens)

@@ -19,8 +19,8 @@ class Message(NamedTuple):
     """One turn: `role` is system, user, assistant or tool.
 
     `tool_calls` are JSON values as chat templates take them, `reasoning` what an assistant thought before it
-    answered. `loss`: whether the row asks for this turn to be trained; None when it does not say. `name` and
-    `tool_call_id` are kept for the templates that write them.
+    answered. `loss`: the weight that the row asks for in training, 0 for none; None when it does not say. `name`
+    and `tool_call_id` are kept for the templates that write them.
     """
 
     role: str
@@ -29,7 +29,7 @@ class Message(NamedTuple):
     reasoning: str = ""
     name: str | None = None
     tool_call_id: str | None = None
-    loss: bool | None = None
+    loss: float | None = None
 
     @property
     def is_plain(self) -> bool:

@@ -92,6 +92,9 @@ class PlainDataset:
     def mask(self, row: int) -> np.ndarray:
         return np.ones(int(self.lengths[row]), np.uint8)
 
+    def weights(self, row: int) -> np.ndarray:
+        return np.ones(int(self.lengths[row]), np.float32)
+
 
 def _documents(index: Index) -> tuple[np.ndarray, np.ndarray]:
     """Return where each document begins in the .bin, in tokens, and its length, both [documents]."""

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import math
 import sys
 
 import pytest
@@ -108,7 +109,18 @@ def test_calls_are_trained_and_results_are_not(tmp_path, tokenizer):
             "character",
             r"messages\[1\].tool_calls\[0\].arguments.a has a NUL character",
         ),
-        ([("user", {}), ("assistant", {"loss": 0.5})], "type", r"messages\[1\].loss must be true, false, 1 or 0"),
+        (
+            [("user", {}), ("assistant", {"loss": 0.01})],
+            "type",
+            r"messages\[1\].loss must be .* weight from 0.02 to 2.55",
+        ),
+        (
+            [("user", {}), ("assistant", {"weight": 2.6})],
+            "type",
+            r"messages\[1\].weight must be true, false or a weight",
+        ),
+        ([("user", {}), ("assistant", {"loss": math.nan})], "type", r"messages\[1\].loss must be true, false or a w"),
+        ([("user", {}), ("assistant", {"loss": "0.5"})], "type", r"messages\[1\].loss must be true, false or a weight"),
     ],
 )
 def test_turns_of_tools_that_do_not_fit_are_named(turns, reason, said):
@@ -269,7 +281,7 @@ def test_marks_that_cannot_be_told_apart_are_an_error(tmp_path):
     )
     folder = write_tokenizer(tmp_path / "t", template)
     source = write_rows(tmp_path / "rows", [talk("q", "one", "q", "two")])
-    with pytest.raises(DataError, match="marks 4 spans as generated for 2 answers, and not all of them are trained"):
+    with pytest.raises(DataError, match="marks 4 spans as generated for 2 answers, which are not all trained alike"):
         build(source, tmp_path / "out", tokenizer=folder, options=BuildOptions(train_on="last"))
 
 

@@ -30,6 +30,8 @@ class Documents:
     def mask(self, index):
         return self._mask[index]
 
+    weights = mask
+
     def trained_targets(self):
         return np.array([int(mask[1:].sum()) for mask in self._mask])
 

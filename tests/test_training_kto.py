@@ -132,7 +132,7 @@ def test_every_answer_stands_once_behind_another_prompt(inputs, tmp_path):
     assert part.good.tolist() == [dataset.about(row)["label"] for row in range(60)]
     for document in (0, 7, 59):
         prompt, answer = (np.flatnonzero(dataset.mask(each)) for each in (document, partners[document]))
-        tokens, mask = part.others.dataset.tokens(document), part.others.dataset.mask(document)
+        tokens, mask = part.others.dataset.tokens(document), part.others.dataset.weights(document)
         assert tokens[: prompt[0]].tolist() == dataset.tokens(document)[: prompt[0]].tolist()
         assert tokens[prompt[0] :].tolist() == dataset.tokens(partners[document])[answer[0] : answer[-1] + 1].tolist()
         assert mask[: prompt[0]].sum() == 0 and mask[prompt[0] :].all()

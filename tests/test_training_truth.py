@@ -6,9 +6,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_world import talk, write_rows
 from safetensors.torch import load_file
 from training_world import flags, mostly_full, run_cases, selected, write_dataset, write_model
 
+from data_preprocessing.build import build
 from data_preprocessing.dataset import open_dataset
 from toolkits.cards.lesson import plain_losses
 from toolkits.training.config import TrainConfig
@@ -23,13 +25,23 @@ SCHEDULE = {"lr": 1e-3, "min_lr": 1e-4, "warmup_iters": 3}
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory):
-    """A tied and an untied model with training and validation data."""
+    """A tied and an untied model with training and validation data; some answers of the first have weights."""
     folder = tmp_path_factory.mktemp("inputs")
     tied = write_model(folder / "tied")
     untied = write_model(folder / "untied", tied=False, head_dim=10)
-    data = write_dataset(folder / "data", tied, rows=60)
+    data = weighted(write_dataset(folder / "data", tied, rows=60), tied)
     valid = write_dataset(folder / "valid", tied, rows=55, seed=6)
     return {"tied": tied, "untied": untied, "data": data, "valid": valid}
+
+
+def weighted(prefix, tokenizer):
+    """Build a sample again with a weight for two of three answers."""
+    rows = map(json.loads, prefix.with_suffix(".jsonl").read_text().splitlines())
+    talks = [talk(row["instruction"], row["output"]) for row in rows]
+    for number, row in enumerate(talks):
+        row["messages"][1]["loss"] = (True, 0.5, 1.75)[number % 3]
+    build(write_rows(prefix.with_suffix(".rows"), talks), prefix, tokenizer=tokenizer, overwrite=True)
+    return prefix
 
 
 def settings(inputs, output, *, model="tied", **changes):

@@ -32,7 +32,7 @@ class Facts:
         turns = list(enumerate(_turns(found), start=1))
         if isinstance(found, Preference):
             turns = turns[found.num_shared :]
-        asked = [(number, turn) for number, turn in turns if turn.role == "assistant" and turn.loss is not False]
+        asked = [(number, turn) for number, turn in turns if turn.role == "assistant" and turn.loss != 0]
         return [(number, turn.content) for number, turn in asked if turn.content.strip()]
 
     @cached_property

@@ -55,10 +55,10 @@ def plain_losses(config: TrainConfig, network: "torch.nn.Module | None" = None, 
         total, trained = torch.zeros(()), 0
         for document, *_ in (segment for number in taken for segment in rows.parts[0].segments(number)):
             tokens = torch.from_numpy(dataset.tokens(document).astype(np.int64))
-            mask = torch.from_numpy(np.roll(dataset.mask(document), shift)[1:].astype(np.float32))
+            mask = torch.from_numpy(np.roll(dataset.weights(document), shift)[1:])
             logits = network(tokens[None, :-1]).logits[0]
             total = total + (torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="none") * mask).sum()
-            trained += int(mask.sum())
+            trained += int(mask.count_nonzero())
         optimizer.zero_grad()
         (total / trained).backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), told.clip_grad)

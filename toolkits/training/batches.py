@@ -44,7 +44,8 @@ class Answers:
 class MicroBatch:
     """Rows laid end to end, in megatron-core's packed format.
 
-    tokens, labels and positions are int64 [1, t], loss_mask fp32 [1, t]: 1 where the label is trained on.
+    tokens, labels and positions are int64 [1, t], loss_mask fp32 [1, t]: the weight with which the
+    label is trained on, mostly 1 or 0.
     Labels are shifted already: position i predicts labels[i]. `answers`: of rows of pairs or single answers;
     `others`: the same prompts with answers to other prompts.
     """
@@ -136,7 +137,8 @@ def micro_batch(rows: Rows, numbers: Sequence[int | None], *, length: int, multi
             positions[at : at + count] = np.arange(count)
             predicting = slice(at, at + len(found) - 1)
             labels[predicting] = found[1:]
-            mask[predicting] = 1 if part.every_token else part.dataset.mask(document)[start + 1 : start + count + 1]
+            weights = 1 if part.every_token else part.dataset.weights(document)[start + 1 : start + count + 1]
+            mask[predicting] = weights
             if part.holds_answers:
                 end = end_of(found[:count], part.pad_token)
                 answers.append((len(ends), document, end, *part.told_of(document)))

@@ -71,9 +71,9 @@ class Mismatched:
         """Return the document's tokens."""
         return self._joined(self.dataset.tokens(document), self.dataset.tokens(self._partner(document)), document)
 
-    def mask(self, document: int) -> np.ndarray:
-        """Return which of them are the answer."""
-        return self._joined(self.dataset.mask(document), self.dataset.mask(self._partner(document)), document)
+    def weights(self, document: int) -> np.ndarray:
+        """Return 1 where they are the answer, 0 elsewhere."""
+        return self._joined(self.dataset.weights(document), self.dataset.weights(self._partner(document)), document)
 
     def _partner(self, document: int) -> int:
         return int(self.partners[document])
