@@ -68,7 +68,7 @@ def _forward(
     output = model(batch.tokens, batch.positions, None, labels=batch.labels, packed_seq_params=batch.packed)
 
     def summed(losses: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        total, tokens = (losses * batch.loss_mask).sum(), batch.loss_mask.sum().int()
+        total, tokens = (losses * batch.loss_mask).sum(), batch.loss_mask.count_nonzero().int()
         return total, tokens, {"loss": total.detach().clone(), "tokens": tokens.clone()}
 
     return output, summed

@@ -182,7 +182,7 @@ def _job(sources: Sequence[Path], work: ChunkWork) -> dict[str, Any] | None:
         "input": facts,
         "options": options,
         "encoding": work.about(),
-        "tokenizer": work.encoder.tokenizer.fingerprint,
+        "tokenizer": work.encoder.tokenizer.identity,
         "version": toolkit_version(),
     }
 

@@ -129,7 +129,9 @@ class ChatEncoder:
         for message in messages:
             if not message.is_plain or message.content.isspace():
                 return None
-        if key not in self._shapes and len(self._shapes) < MAX_SHAPES:
+        # There are as many shapes as weights: they leave room for those of ordinary rows.
+        weighted = any(message.loss not in (None, 0, 1) for message in messages)
+        if key not in self._shapes and len(self._shapes) < MAX_SHAPES // (2 if weighted else 1):
             self._shapes[key] = self._new_shape(messages, trained or _trained_turns(messages, self.train_on))
         return self._shapes.get(key)
 
@@ -187,8 +189,8 @@ def _chosen(
 ) -> tuple[list[Span], Sequence[int]]:
     """Return the spans of the turns that are wanted, and what the mask holds in each."""
     answers = [want for message, want in zip(messages, wanted, strict=True) if message.role == "assistant"]
-    if all(want == 1 for want in answers):
-        return spans, [1] * len(spans)
+    if all(answers) and len(set(answers)) < 2:
+        return spans, [mask_byte(answers[0]) if answers else 1] * len(spans)
     if not one_each:
         raise RowError(
             "undecidable",

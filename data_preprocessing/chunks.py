@@ -213,6 +213,8 @@ class ChunkWork:
 
     def _render_answer(self, conversation: Conversation, num_shared: int) -> Rendered:
         """Render a conversation of which the answers behind the first turns are trained."""
+        if any(message.loss not in (None, 0, 1) for message in conversation.messages):
+            raise RowError("type", f"a weight is for answers of conversations; {ONE_OF[self.kind][0]} has none")
         assert isinstance(self.encoder, ChatEncoder)  # `record` keeps to one kind
         turns = enumerate(conversation.messages)
         trained = [turn >= num_shared and message.role == "assistant" for turn, message in turns]

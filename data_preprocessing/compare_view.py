@@ -134,7 +134,11 @@ def _print_difference(console: "Console", kind: str, rows: Any, sides: Sequence[
     console.print(Text(f"--- row {rows[0]} of A, row {rows[1]} of B: {KINDS[kind]} ---", style="bold"))
     if kind == "other_mask":
         mask = ONLY_A * a.mask(rows[0]) + ONLY_B * b.mask(rows[1])
-        changed = np.flatnonzero(a.weights(rows[0]) != b.weights(rows[1]))
+        weights = np.stack([a.weights(rows[0]), b.weights(rows[1])])
+        changed = np.flatnonzero(weights[0] != weights[1])
+        if mask[changed[0]] == BOTH:
+            one, other = weights[:, changed[0]]
+            console.print(Text(f"token {changed[0]} is trained with weight {one:g} in A, {other:g} in B"))
         _put(console, sides[0].spans(rows[0], int(changed[0]), mask))
         return
     begin, behind = _parting(a.tokens(rows[0]), b.tokens(rows[1]))

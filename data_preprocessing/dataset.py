@@ -41,7 +41,7 @@ DOCUMENT_SUFFIX = "_text_document"
 FILE_SUFFIXES = (".bin", ".mask", ".idx", ".json")  # of every kind; the order of publishing
 ABOUT_SUFFIX = ".about"
 FORMAT = "temper-dataset"
-FORMAT_VERSION = 1
+FORMAT_VERSION, VERSION_WITHOUT_WEIGHTS = 2, 1
 
 MAGIC = b"MMIDIDX\x00\x00"
 INDEX_VERSION = 1

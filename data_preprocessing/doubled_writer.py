@@ -57,6 +57,9 @@ def write_doubled(
         raise DataError(
             f"{dataset.path} holds {dataset.kind}; the doubled layout is for conversations: {WHY_NOT[dataset.kind]}"
         )
+    weighted = (dataset.manifest or {"counts": {}})["counts"].get("weighted_tokens")
+    if weighted:
+        raise DataError(f"{dataset.path}: {weighted:,} tokens are trained with weights; {NO_WEIGHTS}")
     _refuse_other_files(prefix)
     packed = _packed(dataset, seq_len, too_long)
     require_space(prefix.parent, 8 * seq_len * len(packed))
@@ -105,10 +108,7 @@ def _documents(dataset: Dataset, packed: Packed, seq_len: int, pad: int) -> Iter
             place = 0
             for row in packed.rows[begin:end].tolist():
                 length = int(packed.fitted.lengths[row])
-                mask = dataset.mask(row)
-                if (dataset.weights(row) != mask).any():
-                    raise DataError(f"{dataset.path}: row {row} is trained with weights; {NO_WEIGHTS}")
-                place += _put(document[:, place:], dataset.tokens(row)[:length], mask[:length])
+                place += _put(document[:, place:], dataset.tokens(row)[:length], dataset.mask(row)[:length])
         yield block
 
 

@@ -26,13 +26,12 @@ import orjson
 from toolkits.foundation.errors import MachineError
 
 from .kept import kept
-from .tokenizer import LoadedTokenizer
+from .tokenizer import KEPT_FROM, LoadedTokenizer
 
 EncoderName = Literal["auto", "fastokens", "tokenizers"]
 Flat = tuple[np.ndarray, np.ndarray]  # ids [tokens], and where each text's begin and the last ones end [texts + 1]
 
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what is kept of an encoder follows from it too
-LARGE_VOCABULARY = 10_000  # tokens from which on an encoder takes time to build
 RANDOM_TEXTS = 4000
 VOCABULARY_AT_ONCE = 40  # tokens of the vocabulary in one text of the proof
 # First and last code points of the scripts that the texts at random are of.
@@ -115,13 +114,13 @@ def return_memory() -> None:
 def _fastokens(tokenizer: LoadedTokenizer) -> Any:
     from fastokens import Tokenizer
 
-    def find_out() -> bytes:
-        content = orjson.loads(tokenizer.as_json or (tokenizer.folder / "tokenizer.json").read_bytes())
-        return orjson.dumps(quickly_read(content))
+    file = tokenizer.folder / "tokenizer.json"
 
-    follows_from = [tokenizer.fingerprint, sorted(tokenizer.ids.items()), CODE]
-    is_large = len(tokenizer.byte_lengths if tokenizer.byte_lengths is not None else ()) > LARGE_VOCABULARY
-    spelled = kept("fastokens", follows_from, find_out) if is_large else find_out()
+    def find_out() -> bytes:
+        return orjson.dumps(quickly_read(orjson.loads(tokenizer.as_json or file.read_bytes())))
+
+    size = len(tokenizer.as_json) if tokenizer.as_json else file.stat().st_size
+    spelled = find_out() if size < KEPT_FROM else kept("fastokens", [tokenizer.identity, CODE], find_out)
     built = Tokenizer.from_json_str(spelled.decode())
     built.encode_batch_flat(["a", "b"])  # what it puts off until it is used
     return built
@@ -169,15 +168,23 @@ def _difference(tokenizer: LoadedTokenizer) -> str:
         print("comparing the encoders fastokens and tokenizers on this vocabulary, once", file=sys.stderr)
         return compare(tokenizer).encode()
 
-    return kept("encoders", [tokenizer.fingerprint, sorted(tokenizer.ids.items()), versions, CODE], find_out).decode()
+    try:
+        return kept("encoders", [tokenizer.identity, versions, CODE], find_out).decode()
+    except (OSError, MemoryError) as error:  # says nothing of the vocabulary, so it is not kept
+        return f"fails ({error})"
 
 
 def compare(tokenizer: LoadedTokenizer, *, other: FlatEncoder | None = None) -> str:
-    """Return how `other`, else fastokens, differs from tokenizers on texts made for that, "" when it does not."""
+    """Return how `other`, else fastokens, differs from tokenizers on texts made for that, "" when it does not.
+
+    Raises OSError and MemoryError.
+    """
     texts = _proof_texts(tokenizer)
     ids, bounds = TokenizersEncoder(tokenizer).encode(texts)
     try:
         other_ids, other_bounds = (other or FastokensEncoder(tokenizer)).encode(texts)
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # a vocabulary that it cannot read
         return f"fails ({error})"
     if np.array_equal(bounds, other_bounds) and np.array_equal(ids, other_ids):

@@ -157,9 +157,10 @@ def _document(value: Any) -> Document:
 def _preference(value: dict[str, Any], merge_consecutive: bool) -> Preference:
     layout, shared, answers = answers_of(value)
     chosen, rejected = (_conversation([*shared, *answer], layout, value, merge_consecutive) for answer in answers)
-    if chosen.messages == rejected.messages:
+    said = [[message._replace(loss=None) for message in side.messages] for side in (chosen, rejected)]
+    if said[0] == said[1]:
         raise RowError("same_answers", "chosen and rejected are the same answer: nothing to prefer")
-    pairs = zip(chosen.messages, rejected.messages, strict=False)
+    pairs = zip(*said, strict=False)
     num_shared = next((number for number, (one, other) in enumerate(pairs) if one != other), None)
     if num_shared is None or chosen.messages[num_shared].role != "assistant":
         raise RowError("turns", "chosen and rejected part before an answer: they must answer one prompt")

@@ -5,6 +5,7 @@ takes a second, and the fast one (see encoders.py) does not need it.
 """
 
 import hashlib
+import importlib.metadata
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -57,6 +58,14 @@ class LoadedTokenizer:
         return encoder
 
     @property
+    def identity(self) -> str:
+        """Return a digest of everything that ids follow from.
+
+        The fingerprint is of tokenizer.json as it stands, or of the files that transformers makes one from.
+        """
+        return hashlib.sha256(orjson.dumps([self.fingerprint, sorted(self.ids.items()), self.as_json])).hexdigest()
+
+    @property
     def control_ids(self) -> list[int]:
         """Return the ids of the control tokens."""
         return [self.ids[token] for token in self.control if token in self.ids]
@@ -75,13 +84,13 @@ def load_tokenizer(folder: Path) -> LoadedTokenizer:
     path = folder / "tokenizer.json"
     if not path.exists() or path.stat().st_size < KEPT_FROM:
         return LoadedTokenizer(folder=folder, named=named, config=config, **_found_out(folder, config, named))
-    code = Path(__file__).read_bytes()
-    digests = [hashlib.sha256(one).hexdigest() for one in (path.read_bytes(), code)]
+    digests = [hashlib.sha256(one).hexdigest() for one in (path.read_bytes(), Path(__file__).read_bytes())]
+    version = importlib.metadata.version("tokenizers")
 
     def find_out() -> bytes:
         return orjson.dumps(_found_out(folder, config, named), option=orjson.OPT_SERIALIZE_NUMPY)
 
-    found = orjson.loads(kept("tokenizers", [*digests, config, named], find_out))
+    found = orjson.loads(kept("tokenizers", [*digests, version, config, named], find_out))
     if found["byte_lengths"] is not None:
         found["byte_lengths"] = np.array(found["byte_lengths"], np.int32)
     return LoadedTokenizer(folder=folder, named=named, config=config, **found)

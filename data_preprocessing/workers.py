@@ -13,7 +13,7 @@ from toolkits.foundation.errors import DataError, TemperError, describe
 from .chunks import BuildOptions, Chunk, ChunkWork, Finished, Prepared
 from .dataset import Kind
 
-AHEAD = 24  # chunks that wait for the encoder at most; 2 MB each
+AHEAD = 16_000_000  # characters of texts that wait for an encoder which is still being built
 
 
 def finished_chunks(
@@ -31,13 +31,23 @@ def _in_this_process(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finis
     Later there is nothing to win by that: the encoder's own threads take all cores.
     """
     prepared: deque[Prepared] = deque()
-    for chunk in chunks:
-        prepared.append(work.prepare(chunk))
-        if len(prepared) == AHEAD or work.encoder.is_ready:
+    held, fault = 0, None
+    while True:
+        try:
+            chunk = next(chunks, None)
+        except Exception as error:  # a file that cannot be read any further; what came before it is finished first
+            chunk, fault = None, error
+        if chunk is not None:
+            prepared.append(work.prepare(chunk))
+            held += sum(len(row.text) for row in prepared[-1].rendered)
+        if chunk is None or held > AHEAD or work.encoder.is_ready:
             while prepared:
                 yield work.finish(prepared.popleft())
-    while prepared:
-        yield work.finish(prepared.popleft())
+            held = 0
+        if fault is not None:
+            raise fault
+        if chunk is None:
+            return
 
 
 def _in_processes(chunks: Iterator[Chunk], kind: Kind, tokenizer: Path, options: BuildOptions) -> Iterator[Finished]:

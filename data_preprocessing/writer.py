@@ -16,7 +16,17 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import ABOUT_SUFFIX, FORMAT, FORMAT_VERSION, HEADER, INDEX_VERSION, INT32_CODE, MAGIC, sibling
+from .dataset import (
+    ABOUT_SUFFIX,
+    FORMAT,
+    FORMAT_VERSION,
+    HEADER,
+    INDEX_VERSION,
+    INT32_CODE,
+    MAGIC,
+    VERSION_WITHOUT_WEIGHTS,
+    sibling,
+)
 
 LENGTHS_SUFFIX = ".lengths"
 ROWS_AT_ONCE = 1 << 20
@@ -30,6 +40,7 @@ class Counts:
     rows: int = 0
     tokens: int = 0
     trained_tokens: int = 0
+    weighted_tokens: int = 0  # of these: with another weight than 1
     max_token_id: int = -1
     longest: int = 0
 
@@ -60,7 +71,7 @@ class DatasetWriter:
             file.close()
 
     def add(self, tokens: np.ndarray, mask: np.ndarray) -> None:
-        """Append a row: `tokens` [n] as int32, `mask` uint8 [n] of 0 and 1."""
+        """Append a row: `tokens` [n] as int32, `mask` uint8 [n] as dataset.py says."""
         self.add_rows(tokens, mask, np.array([len(tokens)]))
 
     def add_rows(self, tokens: np.ndarray, mask: np.ndarray, lengths: np.ndarray, about: bytes = b"") -> None:
@@ -79,6 +90,7 @@ class DatasetWriter:
         counts.rows += len(lengths)
         counts.tokens += len(tokens)
         counts.trained_tokens += int(np.count_nonzero(mask))
+        counts.weighted_tokens += int(np.count_nonzero(mask > 1))
         counts.max_token_id = max(counts.max_token_id, int(tokens.max()))
         counts.longest = max(counts.longest, int(lengths.max()))
 
@@ -96,7 +108,8 @@ class DatasetWriter:
         order = [suffix for suffix in (".bin", ".mask", ".idx", ABOUT_SUFFIX) if suffix in self._files]
         manifest = {
             "format": FORMAT,
-            "format_version": FORMAT_VERSION,
+            # What knows no weights would take hundredths for whole ones.
+            "format_version": FORMAT_VERSION if self._counts.weighted_tokens else VERSION_WITHOUT_WEIGHTS,
             "toolkit_version": toolkit_version(),
             **about,
             "counts": asdict(self._counts),

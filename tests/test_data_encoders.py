@@ -4,6 +4,8 @@ import dataclasses
 import json
 import random
 import sys
+from pathlib import Path
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -55,7 +57,7 @@ def test_what_is_damaged_in_the_cache_is_found_out_again(tmp_path, monkeypatch, 
     small = dataclasses.asdict(load_tokenizer(folder))
     assert not (tmp_path / "cache").exists()
     monkeypatch.setattr(data_preprocessing.tokenizer, "KEPT_FROM", 0)
-    monkeypatch.setattr(encoders, "LARGE_VOCABULARY", 0)
+    monkeypatch.setattr(encoders, "KEPT_FROM", 0)
 
     def ids():
         tokenizer = load_tokenizer(folder)
@@ -97,6 +99,41 @@ def test_a_changed_tokenizer_is_not_taken_from_the_cache(tmp_path, monkeypatch):
     (folder / "tokenizer.json").write_text(json.dumps(content))
     assert load_tokenizer(folder).normalizes != before.normalizes
     assert load_tokenizer(folder).fingerprint != before.fingerprint
+
+
+def test_what_only_the_config_adds_is_part_of_what_is_kept(tmp_path, monkeypatch):
+    pytest.importorskip("fastokens")
+    monkeypatch.setattr(encoders, "KEPT_FROM", 0)
+    found = []
+    for strips in (False, True):
+        folder = write_tokenizer(tmp_path / str(strips))
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        size = load_tokenizer(folder).encoder.get_vocab_size()
+        token = {"content": "<x>", "lstrip": strips, "rstrip": False, "normalized": False, "special": False}
+        config["added_tokens_decoder"] = {str(size): {**token, "single_word": False}}
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(folder)
+        ids, _ = FastokensEncoder(tokenizer).encode(["a   <x>"])
+        assert ids.tolist() == TokenizersEncoder(tokenizer).encode(["a   <x>"])[0].tolist()
+        found.append(ids.tolist())
+    assert found[0] != found[1]
+
+
+def test_an_encoder_that_fails_for_now_is_asked_again(tmp_path, monkeypatch):
+    pytest.importorskip("fastokens")
+    tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t"))
+    with monkeypatch.context() as now:
+        now.setattr(encoders, "compare", Mock(side_effect=MemoryError("no memory")))
+        assert choose_encoder(tokenizer).name == "tokenizers"
+    assert choose_encoder(tokenizer).name == "fastokens"
+
+
+def test_a_user_without_a_home_is_served_too(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("fastokens")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
+    assert choose_encoder(load_tokenizer(write_tokenizer(tmp_path / "t"))).name == "fastokens"
+    assert "Could not determine home directory.; this will be found out again" in capsys.readouterr().err
 
 
 def test_merges_that_fastokens_could_not_tell_apart_keep_their_spelling():

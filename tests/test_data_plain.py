@@ -90,10 +90,12 @@ def test_most_rows_take_the_short_way_and_no_other_does():
 @pytest.mark.parametrize("template", [TEMPLATES["chatml"], STRIPPING])
 def test_spans_in_bytes_are_those_of_the_text(tmp_path, template):
     work = ChunkWork("conversations", write_tokenizer(tmp_path, template), BuildOptions(encoder="tokenizers"))
-    turns = [turns for row in [*fuzzed_rows(100), talk("é", "中")] if (turns := plain_conversation(row))]
-    rows = [row for one in turns if (row := work.encoder.render_plain(one))]
+    values = [value for value in [*fuzzed_rows(100), talk("é", "中")] if plain_conversation(value)]
+    both = [(work.encoder.render_plain(plain_conversation(value)), value) for value in values]
+    rows, values = zip(*[pair for pair in both if pair[0]], strict=True)
     places = filled([row.frame for row in rows], [row.sizes for row in rows])
-    alone = filled([Frame.around(row.text, row.spans) for row in rows], [()] * len(rows))
+    long_way = [work.encoder.render(record(value)) for value in values]
+    alone = filled([Frame.around(row.text, row.spans) for row in long_way], [()] * len(rows))
     assert all(map(np.array_equal, places, alone)) and len(rows) > 20
     for row, start in zip(rows, np.cumsum(places.num_edges) - places.num_edges, strict=True):
         first, past = places.edges[start : start + 2]

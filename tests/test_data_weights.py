@@ -1,19 +1,24 @@
 """Answers that are trained with a weight: in the mask, in what reads it, and in the loss."""
 
 import random
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 from data_world import TEMPLATES, fuzzed_rows, talk, unmarked, write_rows, write_tokenizer
 
+from data_preprocessing import chat
+from data_preprocessing.audit.run import AuditOptions, audit
 from data_preprocessing.blend import Mix
 from data_preprocessing.build import BuildOptions, build
+from data_preprocessing.chat import ChatEncoder
 from data_preprocessing.compare import compare
 from data_preprocessing.compare_view import report
 from data_preprocessing.dataset import LEAST_WEIGHT, MOST_WEIGHT, WEIGHT_OF, mask_byte, open_dataset
 from data_preprocessing.doubled_writer import write_doubled
 from data_preprocessing.inspect import Entries
+from data_preprocessing.records import conversation
 from toolkits.foundation.errors import DataError
 from toolkits.training.batches import micro_batch
 from toolkits.training.objectives.cross_entropy import CrossEntropy
@@ -104,7 +109,68 @@ def test_two_sets_that_differ_in_weights_are_not_equal(weighted, capsys):
     comparison = compare(*sets)
     assert (comparison.num_equal, comparison.other_mask.tolist()) == (2, [[1, 1]])
     report(comparison, *sets, tokenizer=None, limit=3)
-    assert "row 1 of A, row 1 of B" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "row 1 of A, row 1 of B" in said and "is trained with weight 0.25 in A, 1 in B" in said
+
+
+def test_older_versions_do_not_read_weights_as_whole_numbers(weighted):
+    sets = [open_dataset(weighted / name).manifest for name in ("set", "plain")]
+    assert [manifest["format_version"] for manifest in sets] == [2, 1]
+    assert sets[0]["counts"]["weighted_tokens"] > 0 == sets[1]["counts"]["weighted_tokens"]
+
+
+def test_rows_and_the_set_that_they_become_are_checked_alike(weighted):
+    reports = []
+    for source in (weighted / "rows", weighted / "set"):
+        found = audit([str(source)], tokenizer=weighted / "t", options=AuditOptions()).as_json()
+        reports.append({key: value for key, value in found.items() if key not in ("name", "read_as")})
+    assert reports[0] == reports[1]
+    assert reports[0]["answers_end_with"][0]["answers"] == 4
+
+
+def test_other_kinds_of_rows_have_no_weights(tmp_path):
+    folder = write_tokenizer(tmp_path / "t")
+    turns = talk("q", "a")["messages"]
+    turns[1]["loss"] = 0.5
+    for row in ({"messages": turns, "label": True}, {"messages": turns[:1], "chosen": turns[1:], "rejected": "b"}):
+        with pytest.raises(DataError, match="a weight is for answers of conversations"):
+            build(write_rows(tmp_path / "rows", [row]), tmp_path / "out", tokenizer=folder)
+    pair = {"messages": turns[:1], "chosen": turns[1:], "rejected": [{**turns[1], "loss": True}]}
+    with pytest.raises(DataError, match="chosen and rejected are the same answer"):
+        build(write_rows(tmp_path / "rows", [pair]), tmp_path / "out", tokenizer=folder)
+
+
+def test_an_answer_in_several_marked_pieces_has_its_weight(tmp_path):
+    template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}{% generation %}{{ m.content[:1] }}{% endgeneration %}"
+        "{% generation %}{{ m.content[1:] + '</s>' }}{% endgeneration %}{% else %}{{ m.content + '</s>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    row = talk("q", "one")
+    row["messages"][1]["loss"] = 0.5
+    build(write_rows(tmp_path / "rows", [row]), tmp_path / "set", tokenizer=write_tokenizer(tmp_path / "t", template))
+    assert set(open_dataset(tmp_path / "set").weights(0).tolist()) == {0.0, 0.5}
+
+
+def test_many_weights_leave_room_for_the_shapes_of_ordinary_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(chat, "MAX_SHAPES", 8)
+    encoder = ChatEncoder(write_tokenizer(tmp_path / "t", unmarked(TEMPLATES["chatml"])), encoder="tokenizers")
+    for number in range(2, 40):
+        row = talk("q", "a")
+        row["messages"][1]["loss"] = number / 100
+        assert encoder.render(conversation(row)).marks == [number] or number < 8
+    monkeypatch.setattr(encoder.template, "render", Mock(wraps=encoder.template.render))
+    for _ in range(5):
+        encoder.render(conversation(talk("q", "a", "q", "a")))
+    assert encoder.template.render.call_count < 12  # of the first alone
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_weights_come_through_every_way_of_working(weighted, tmp_path, workers):
+    options = BuildOptions(workers=workers, chunk_rows=1)
+    build(weighted / "rows", tmp_path / "set", tokenizer=weighted / "t", options=options)
+    name = "set_text_document.mask"
+    assert (tmp_path / name).read_bytes() == (weighted / name).read_bytes()
 
 
 def test_a_row_is_shown_with_its_weights(weighted):
@@ -115,7 +181,9 @@ def test_a_row_is_shown_with_its_weights(weighted):
 
 
 def test_the_layout_of_older_tools_has_no_place_for_weights(weighted, tmp_path):
-    with pytest.raises(DataError, match="row 1 is trained with weights; the doubled layout has no place for them"):
+    with pytest.raises(
+        DataError, match=r"\d tokens are trained with weights; the doubled layout has no place for them"
+    ):
         write_doubled(open_dataset(weighted / "set"), tmp_path / "out", seq_len=64, pad=0)
     assert list(tmp_path.iterdir()) == []
     write_doubled(open_dataset(weighted / "plain"), tmp_path / "out", seq_len=64, pad=0)

@@ -116,7 +116,7 @@ class _Work(ChunkWork):
         entries = [entry_of(numbers[id(row)], record) for row, record in self._found if id(row) not in bad]
         wrong = [(numbers[row], error) for row, error in bad.items()]
         counts = (done.control_texts, done.rows_with_control_text)
-        return Block(entries, done.tokens, done.mask, done.lengths, wrong, *counts)
+        return Block(entries, done.tokens, (done.mask != 0).view(np.uint8), done.lengths, wrong, *counts)
 
 
 class DatasetStream:

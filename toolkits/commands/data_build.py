@@ -51,7 +51,7 @@ class Columns(click.ParamType):
     type=click.Choice(["all", "last", "marked"]),
     default="all",
     show_default=True,
-    help="Which answers: all that are not marked `loss` false, the last one, or those marked `loss` true.",
+    help="Which answers: all not marked `loss` false, the last one, or those marked `loss` true or with a weight.",
 )
 @click.option("--columns", type=Columns(), default="", help="Other names of keys: instruction=question,output=reply.")
 @click.option("--on-bad-row", type=click.Choice(["stop", "skip"]), default="stop", show_default=True)

@@ -72,7 +72,7 @@ class Mismatched:
         return self._joined(self.dataset.tokens(document), self.dataset.tokens(self._partner(document)), document)
 
     def weights(self, document: int) -> np.ndarray:
-        """Return 1 where they are the answer, 0 elsewhere."""
+        """Return the weights of the tokens: 1 in the answer, 0 elsewhere."""
         return self._joined(self.dataset.weights(document), self.dataset.weights(self._partner(document)), document)
 
     def _partner(self, document: int) -> int:
