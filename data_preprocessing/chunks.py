@@ -24,7 +24,7 @@ from .row_error import RowError
 from .samples import Filled, Rendered, Samples
 from .text import TextEncoder
 
-CHARACTERS_AT_ONCE = 1 << 20  # of a chunk's rows as they stand in the file: a few long documents are a chunk too
+CHARACTERS_AT_ONCE = 1 << 22  # of a chunk's rows as they stand in the file: a few long documents are a chunk too
 
 KIND_OF: Mapping[type, Kind] = {
     Conversation: "conversations",
@@ -55,7 +55,7 @@ class BuildOptions:
     columns: tuple[tuple[str, str], ...] = ()  # (our name, the rows' name) of a key
     encoder: EncoderName = "auto"  # changes the speed, never the result, as the three below
     workers: int = 1  # processes; with one, the encoder's own threads work beside Python
-    chunk_rows: int = 512  # rows that the encoder gets at once: more need more memory
+    chunk_rows: int = 2048  # rows that the encoder gets at once: more need more memory
     save_seconds: float = 10.0  # between two points from which a killed build can go on
 
 
@@ -68,11 +68,15 @@ class Chunk(NamedTuple):
 
 @dataclass
 class Prepared:
-    """A chunk's rendered rows: `groups` holds for each record the row it came from and what is known of it."""
+    """A chunk's rendered rows: `groups` holds for each record the row it came from, `about` what is known of it.
+
+    `about` is empty for kinds of rows of which nothing is.
+    """
 
     chunk: Chunk
     rendered: list[Rendered | Filled] = field(default_factory=list)
-    groups: list[tuple[int, bytes]] = field(default_factory=list)
+    groups: list[int] = field(default_factory=list)
+    about: list[bytes] = field(default_factory=list)
     rejects: list[tuple[Row, RowError]] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
 
@@ -98,7 +102,8 @@ def chunks_of(rows: Iterable[Row], *, first: int, chunk_rows: int) -> Iterator[C
     size = 0
     for row in rows:
         gathered.append(row)
-        size += len(row.data) if isinstance(row.data, bytes) else len(str(row.data))
+        data = row.data
+        size += len(data) if type(data) is bytes else len(str(data))
         if len(gathered) == chunk_rows or size >= CHARACTERS_AT_ONCE:
             yield Chunk(first, gathered)
             first, gathered, size = first + len(gathered), [], 0
@@ -143,7 +148,7 @@ class ChunkWork:
                 if turns and filled:
                     layouts.append(turns.layout)
                     done.rendered.append(filled)
-                    done.groups.append((index, b""))
+                    done.groups.append(index)
                     continue
                 found = self.record(row, value)
                 rendered, about = self._render(found)
@@ -152,7 +157,9 @@ class ChunkWork:
                 continue
             layouts.append(found.layout)
             done.rendered += rendered
-            done.groups.append((index, about))
+            done.groups.append(index)
+            if about:
+                done.about.append(about)
         done.layouts.update(layouts)
         return done
 
@@ -171,11 +178,11 @@ class ChunkWork:
         size = 2 if self.kind == "preferences" else 1
         samples, failed = _without_failed_groups(samples, size)
         rows = done.chunk.rows
-        rejects = done.rejects + [(rows[done.groups[group][0]], error) for group, error in failed.items()]
+        rejects = done.rejects + [(rows[done.groups[group]], error) for group, error in failed.items()]
         if rejects:
             places = {id(row): place for place, row in enumerate(rows)}
             rejects.sort(key=lambda reject: places[id(reject[0])])
-        about = b"".join([line for group, (_, line) in enumerate(done.groups) if line and group not in failed])
+        about = b"".join([line for group, line in enumerate(done.about) if group not in failed])
         hidden = [found for rendered in done.rendered if (found := rendered.num_control_texts)]
         return Finished(
             num_rows=len(rows),

@@ -47,11 +47,7 @@ class Filled(NamedTuple):
     frame: Frame
     sizes: Sequence[int]
     num_control_tokens: int
-
-    @property
-    def num_control_texts(self) -> int:
-        """Return 0: a row with some is no `Filled`."""
-        return 0
+    num_control_texts: int = 0  # a row with some is no `Filled`
 
     @property
     def marks(self) -> Sequence[int]:
@@ -100,7 +96,7 @@ class SampleEncoder:
 
     def encode(self, rows: Sequence[Rendered | Filled]) -> Samples:
         """Return the rows' samples; an error is `control_text`, `all_masked` or `empty_row`."""
-        flat = [number for number, row in enumerate(rows) if self._is_flat(row)]
+        flat = self._flat(rows)
         chosen = rows if len(flat) == len(rows) else [rows[number] for number in flat]
         ids, bounds = self._encoder.encode([row.text for row in chosen])
         mask, errors = np.zeros(0, np.uint8), {}
@@ -124,10 +120,12 @@ class SampleEncoder:
         places = np.flatnonzero(ids >= self._first_control)  # most ids are told apart by this
         return places[self._is_control[ids[places]]]
 
-    def _is_flat(self, row: Rendered | Filled) -> bool:
-        if self._lengths is None or row.num_control_texts:
-            return False
-        return not self._normalizes or unchanged_by_nfc(row.text)
+    def _flat(self, rows: Sequence[Rendered | Filled]) -> list[int]:
+        """Return the rows whose tokens' lengths should add up to the text's."""
+        if self._lengths is None:
+            return []
+        numbers = [number for number, row in enumerate(rows) if not row.num_control_texts]
+        return [number for number in numbers if unchanged_by_nfc(rows[number].text)] if self._normalizes else numbers
 
     def _merged(
         self,
