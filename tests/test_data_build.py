@@ -184,7 +184,7 @@ def test_a_killed_builder_leaves_the_old_dataset_whole(tmp_path, tokenizer):
     builder = subprocess.Popen([sys.executable, "-c", "from toolkits.cli import main; main()", *words], cwd=ROOT)
     unfinished = tmp_path / ".tmp-out_text_document" / "out_text_document.bin"
     with opened_for_writing(pipe, builder) as feed:
-        feed.write((json.dumps(talk("q", "a")) + "\n").encode() * 6000)
+        feed.write((json.dumps(talk("q", "a")) + "\n").encode() * 60_000)  # more than waits for an encoder
         feed.flush()
         deadline = time.monotonic() + 60
         while not (unfinished.exists() and unfinished.stat().st_size):
