@@ -6,13 +6,16 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from data_world import fuzzed_rows, talk, write_rows, write_tokenizer
 
 from data_preprocessing.build import BuildOptions, build
+from data_preprocessing.chunks import Chunk, ChunkWork
 from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
-from data_preprocessing.workers import _Worker
+from data_preprocessing.reading import Row
+from data_preprocessing.workers import _Worker, finished_chunks
 from toolkits.foundation.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,3 +156,22 @@ def test_an_interrupted_build_keeps_its_point_and_a_failed_one_goes(tmp_path, to
     with pytest.raises(DataError, match="no known layout"):
         build(source, tmp_path / "out", tokenizer=tokenizer)
     assert not (tmp_path / ".tmp-out_text_document").exists()
+
+
+def test_what_came_before_a_fault_of_the_input_is_finished_first(tmp_path):
+    """Also where it waits for an encoder that is still being built."""
+    folder = write_tokenizer(tmp_path / "t")
+    work = ChunkWork("conversations", folder, BuildOptions(encoder="tokenizers"))
+
+    def chunks():
+        for line in range(3):
+            yield Chunk(line, [Row(line + 1, talk("q", "a"))])
+        raise DataError("the file breaks off")
+
+    for is_ready in (False, True):
+        work.encoder = Mock(wraps=work.encoder, is_ready=is_ready)
+        done = []
+        with pytest.raises(DataError, match="the file breaks off"):
+            for finished in finished_chunks(chunks(), work, "conversations", folder, BuildOptions()):
+                done.append(finished.num_rows)
+        assert done == [1, 1, 1]
