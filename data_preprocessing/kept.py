@@ -7,11 +7,12 @@ a damaged one is found out again.
 import hashlib
 import os
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import orjson
+
+from toolkits.foundation.publish import write_bytes
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 
@@ -22,34 +23,25 @@ def kept(kind: str, follows_from: object, find_out: Callable[[], bytes]) -> byte
     `follows_from` is a JSON value that differs whenever the answer might.
     """
     name = hashlib.sha256(orjson.dumps(follows_from)).hexdigest()[:32]
-    folder = None
     try:
-        folder = _cache_folder() / kind
-        stored = (folder / name).read_bytes()
+        path = _cache_folder() / kind / name
+    except RuntimeError as error:  # a user without a home
+        print(f"{error} This will be found out again", file=sys.stderr)
+        return find_out()
+    try:
+        stored = path.read_bytes()
         content = stored[DIGEST_BYTES:]
         if hashlib.sha256(content).digest() == stored[:DIGEST_BYTES]:
             return content
-    except (OSError, RuntimeError):  # RuntimeError: a user without a home
+    except OSError:
         pass
     content = find_out()
     try:
-        _store(_cache_folder() / kind, name, content)
-    except (OSError, RuntimeError) as error:
-        why = error.strerror if isinstance(error, OSError) else error
-        print(f"{folder or 'no cache folder'}: {why}; this will be found out again", file=sys.stderr)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(path, hashlib.sha256(content).digest() + content)
+    except OSError as error:
+        print(f"{path.parent}: {error.strerror}; this will be found out again", file=sys.stderr)
     return content
-
-
-def _store(folder: Path, name: str, content: bytes) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    number, temporary = tempfile.mkstemp(prefix=f".{name}.", dir=folder)
-    try:
-        with open(number, "wb") as file:
-            file.write(hashlib.sha256(content).digest() + content)
-        os.replace(temporary, folder / name)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _cache_folder() -> Path:

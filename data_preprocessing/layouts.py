@@ -45,7 +45,7 @@ def messages_of(layout: str, row: dict[str, Any]) -> list[Message]:
 
 def plain_turns(row: dict[str, Any]) -> PlainTurns | None:
     """Return what a conversation of plain turns says; None for every other one, good or not."""
-    if ("tools" in row and row["tools"] not in (None, "", [])) or ("system" in row and row["system"] not in (None, "")):
+    if row.get("tools") not in (None, "", []) or row.get("system") not in (None, ""):
         return None
     layout, key = ("messages", "messages") if "messages" in row else ("sharegpt", "conversations")
     said, contents = [], []

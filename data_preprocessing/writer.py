@@ -90,7 +90,7 @@ class DatasetWriter:
         counts.rows += len(lengths)
         counts.tokens += len(tokens)
         counts.trained_tokens += int(np.count_nonzero(mask))
-        counts.weighted_tokens += int(np.count_nonzero(mask > 1)) if mask.max() > 1 else 0
+        counts.weighted_tokens += int(np.count_nonzero(mask > 1))
         counts.max_token_id = max(counts.max_token_id, int(tokens.max()))
         counts.longest = max(counts.longest, int(lengths.max()))
 

@@ -133,7 +133,7 @@ def test_a_user_without_a_home_is_served_too(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setattr(Path, "home", Mock(side_effect=RuntimeError("Could not determine home directory.")))
     assert choose_encoder(load_tokenizer(write_tokenizer(tmp_path / "t"))).name == "fastokens"
-    assert "Could not determine home directory.; this will be found out again" in capsys.readouterr().err
+    assert "Could not determine home directory. This will be found out again" in capsys.readouterr().err
 
 
 def test_merges_that_fastokens_could_not_tell_apart_keep_their_spelling():

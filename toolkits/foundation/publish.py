@@ -7,6 +7,7 @@ unless the next writer can go on with it.
 
 import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -85,12 +86,21 @@ def remove_unfinished(folder: Path) -> None:
 
 def write_text(target: Path, text: str) -> None:
     """Replace the small file `target` by `text` in one step."""
-    temporary = _sibling(target, ".tmp-")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, target)
+    write_bytes(target, text.encode())
+
+
+def write_bytes(target: Path, content: bytes) -> None:
+    """Replace the small file `target` by `content` in one step; several processes may do so at once."""
+    temporary = _sibling(target, f".tmp-{secrets.token_hex(8)}-")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     _fsync(target.parent)
 
 

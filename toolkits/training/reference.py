@@ -6,7 +6,6 @@ and kept beside the dataset; or, when adapters are trained, at every step by the
 
 import contextlib
 import os
-import secrets
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from data_preprocessing.dataset import Dataset, dataset_fingerprint
 
 from ..foundation.errors import DataError, InterruptedRun
 from ..foundation.progress import Progress
+from ..foundation.publish import write_bytes
 from ..launch.rank import stop_requested
 from .adapters import adapters_off
 from .batches import Batches, MicroBatch
@@ -131,9 +131,7 @@ class Cache:
         values = np.where(np.isnan(values), self.read(len(values)), values)
         if not os.access(self.path.parent, os.W_OK):
             return  # of a set that is only read, a part was known
-        temporary = self.path.with_name(f".tmp-{secrets.token_hex(8)}-{self.path.name}")
-        temporary.write_bytes(save({KEY: values}, self.facts))
-        os.replace(temporary, self.path)
+        write_bytes(self.path, save({KEY: values}, self.facts))
 
 
 class Referee:
