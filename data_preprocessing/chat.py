@@ -10,6 +10,7 @@ rendered once (see shapes.py).
 
 import re
 from collections.abc import Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,8 +21,9 @@ from .dataset import mask_byte
 from .encoders import EncoderName, choose_encoder
 from .masks import Span
 from .records import Conversation
+from .rendered import Rendered, RenderedRows
 from .row_error import RowError
-from .samples import Filled, Rendered, SampleEncoder, Samples
+from .samples import SampleEncoder
 from .shapes import LEFT, RIGHT, Shape, shape_of, stand_in
 from .spans import SpanFinder
 from .template import CHATML_SOURCE, CHATML_TOKENS, ChatTemplate, find_template
@@ -33,7 +35,7 @@ ESCAPED_HALF = re.compile(r"\\ud8[0-9a-f]{2}")  # of a surrogate pair: how JSON 
 MAX_SHAPES = 4096  # remembered; conversations of still other shapes are rendered one by one
 
 
-class ChatEncoder:
+class ChatEncoder(SampleEncoder):
     """A tokenizer folder's chat template and encoder.
 
     `train_on`: all answers but those that the row marks with `loss` false, the last of these, or those marked true;
@@ -49,15 +51,14 @@ class ChatEncoder:
         train_on: TrainOn = "all",
         may_be_untrained: bool = False,
     ) -> None:
-        self.tokenizer: LoadedTokenizer = load_tokenizer(folder)
-        source = find_template(self.tokenizer.folder, self.tokenizer.config)
+        tokenizer = load_tokenizer(folder)
+        source = find_template(tokenizer.folder, tokenizer.config)
         if source.origin == CHATML_SOURCE:
-            _require_chatml_tokens(self.tokenizer)
-        self.template, self.train_on = ChatTemplate(source, self.tokenizer.named), train_on
-        self._control = ControlText(self.tokenizer)
-        self._finder = SpanFinder(self.template, self._control)
-        flat = choose_encoder(self.tokenizer, encoder)
-        self._samples = SampleEncoder(self.tokenizer, flat, self._control, may_be_untrained=may_be_untrained)
+            _require_chatml_tokens(tokenizer)
+        control = ControlText(tokenizer)
+        super().__init__(tokenizer, choose_encoder(tokenizer, encoder), control, may_be_untrained=may_be_untrained)
+        self.template, self.train_on = ChatTemplate(source, tokenizer.named), train_on
+        self._finder = SpanFinder(self.template, control)
         self._shapes: dict[tuple[object, ...], Shape | None] = {}
         self._shapes_by_roles: dict[tuple[str, ...], Shape | None] = {}
 
@@ -76,20 +77,25 @@ class ChatEncoder:
         messages, tools, num_hidden = self._hidden(conversation)
         return self._rendered(messages, tools, wanted, num_hidden)
 
-    def render_plain(self, turns: PlainTurns) -> Filled | None:
-        """Return what `render` would of a conversation of plain turns; None where it must be asked."""
-        _, roles, contents = turns
-        try:
-            shape = self._shapes_by_roles[roles]
-        except KeyError:
-            shape = self._shape_by_roles(roles, contents)
-        if shape is None or self._control.is_in(contents):
-            return None
-        try:
-            filled = shape.fill_plain(contents)
-        except UnicodeEncodeError:
-            return None
-        return None if "\0" in filled.text else filled
+    def render_plain(self, turns: PlainTurns, rows: RenderedRows) -> bool:
+        """Add what `render` would return of conversations of plain turns to `rows`; False where it must be asked."""
+        if self._control.is_in(turns.contents):
+            return False
+        filled, first = [], 0
+        for roles, group in groupby(turns.roles):
+            count = sum(1 for _ in group)
+            contents = turns.contents[first : first + count * len(roles)]
+            first += len(contents)
+            shape = self._shape_by_roles(roles, contents[: len(roles)])
+            if shape is None:
+                return False
+            try:
+                filled.append((shape.frame, *shape.fill_all(contents, len(roles))))
+            except UnicodeEncodeError:
+                return False
+        for part in filled:
+            rows.extend(*part)
+        return True
 
     def render_prompt(self, conversation: Conversation) -> Rendered:
         """Return the text in front of the answer that the conversation waits for, of which nothing is trained."""
@@ -97,15 +103,6 @@ class ChatEncoder:
         text, _ = self.template.render(messages, tools=tools, add_generation_prompt=True)
         self._finder.check_nothing_dropped(messages, tools, text)
         return Rendered(text, (), len(self._control.pattern.findall(text)), num_hidden)
-
-    def encode(self, rendered: Sequence[Rendered | Filled]) -> Samples:
-        """Return the samples of rendered texts; an error is `control_text`, `all_masked` or `empty_row`."""
-        return self._samples.encode(rendered)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `encode` would not wait for an encoder that is still being built."""
-        return self._samples.is_ready
 
     def about(self) -> dict[str, Any]:
         """Return what the manifest says of the encoding."""
@@ -115,6 +112,8 @@ class ChatEncoder:
 
     def _shape_by_roles(self, roles: tuple[str, ...], contents: Sequence[str]) -> Shape | None:
         """Return the shape of conversations of plain turns with these roles, and remember it."""
+        if roles in self._shapes_by_roles:
+            return self._shapes_by_roles[roles]
         if len(self._shapes_by_roles) == MAX_SHAPES:
             return None
         messages = [Message(role, content) for role, content in zip(roles, contents, strict=True)]

@@ -1,7 +1,8 @@
 """A chunk of rows -> tokens and masks: what a build does to each chunk, in whatever process.
 
-prepare    JSON -> record -> rendered text (Python, one row at a time)
-finish     texts -> tokens and masks (arrays, all rows at once)
+prepare    JSON -> records -> rendered texts (Python)
+encode     texts -> ids (no Python: the one part that another thread may do)
+finish     ids -> tokens and masks (arrays)
 """
 
 import json
@@ -17,13 +18,15 @@ from toolkits.foundation.errors import UsageError
 
 from .chat import ChatEncoder, TrainOn
 from .dataset import Kind
-from .encoders import EncoderName
-from .reading import Row, parse_row
-from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversation, record
+from .encoders import EncoderName, Flat
+from .reading import Row, parse_row, parse_rows
+from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversations, record
+from .rendered import Rendered, RenderedRows
 from .row_error import RowError
-from .samples import Filled, Rendered, Samples
+from .samples import Samples
 from .text import TextEncoder
 
+ROWS_AT_ONCE = 128  # that are parsed and rendered together: what they say stays in a core's cache
 CHARACTERS_AT_ONCE = 1 << 22  # of a chunk's rows as they stand in the file: a few long documents are a chunk too
 
 KIND_OF: Mapping[type, Kind] = {
@@ -74,7 +77,7 @@ class Prepared:
     """
 
     chunk: Chunk
-    rendered: list[Rendered | Filled] = field(default_factory=list)
+    rendered: RenderedRows = field(default_factory=RenderedRows)
     groups: list[int] = field(default_factory=list)
     about: list[bytes] = field(default_factory=list)
     rejects: list[tuple[Row, RowError]] = field(default_factory=list)
@@ -135,33 +138,49 @@ class ChunkWork:
         self._render_plain = self.encoder.render_plain
 
     def __call__(self, chunk: Chunk) -> Finished:
-        return self.finish(self.prepare(chunk))
+        done = self.prepare(chunk)
+        return self.finish(done, self.encode(done))
 
     def prepare(self, chunk: Chunk) -> Prepared:
         """Parse, check and render the rows of a chunk."""
-        done, encoding, layouts = Prepared(chunk), self.options.encoding, []
-        for index, row in enumerate(chunk.rows):
-            try:
-                value = parse_row(row, encoding=encoding)
-                turns = plain_conversation(value) if self._may_be_plain else None
-                filled = turns and self._render_plain(turns)
-                if turns and filled:
-                    layouts.append(turns.layout)
-                    done.rendered.append(filled)
-                    done.groups.append(index)
-                    continue
-                found = self.record(row, value)
-                rendered, about = self._render(found)
-            except RowError as error:
-                done.rejects.append((row, error))
-                continue
-            layouts.append(found.layout)
-            done.rendered += rendered
-            done.groups.append(index)
-            if about:
-                done.about.append(about)
-        done.layouts.update(layouts)
+        done = Prepared(chunk)
+        for first in range(0, len(chunk.rows), ROWS_AT_ONCE):
+            rows = chunk.rows[first : first + ROWS_AT_ONCE]
+            self._prepare(done, first, parse_rows(rows, encoding=self.options.encoding))
         return done
+
+    def _prepare(self, done: Prepared, first: int, values: list[Any]) -> None:
+        """Check and render `values`, those of the rows from `first` on, as many at once as are plain."""
+        if self._may_be_plain:
+            turns = plain_conversations(values)
+            if turns and self._render_plain(turns, done.rendered):
+                done.layouts[turns.layout] += len(values)
+                done.groups += range(first, first + len(values))
+                return
+            if len(values) > 1:
+                half = len(values) // 2
+                self._prepare(done, first, values[:half])
+                self._prepare(done, first + half, values[half:])
+                return
+        for index, value in enumerate(values, first):
+            self._prepare_one(done, index, value)
+
+    def _prepare_one(self, done: Prepared, index: int, value: Any) -> None:
+        row = done.chunk.rows[index]
+        try:
+            if isinstance(value, RowError):
+                raise value
+            found = self.record(row, value)
+            rendered, about = self._render(found)
+        except RowError as error:
+            done.rejects.append((row, error))
+            return
+        for one in rendered:
+            done.rendered.append(one)
+        done.layouts[found.layout] += 1
+        done.groups.append(index)
+        if about:
+            done.about.append(about)
 
     def record(self, row: Row, value: Any) -> Record:
         """Return the record of a row's JSON value; RowError when it is none, or of another kind."""
@@ -172,9 +191,13 @@ class ChunkWork:
             raise RowError("mixed", f"{said}: build each from a file of its own")
         return found
 
-    def finish(self, done: Prepared) -> Finished:
-        """Encode the rendered rows of a chunk."""
-        samples = self.encoder.encode(done.rendered)
+    def encode(self, done: Prepared) -> Flat:
+        """Encode the texts of a prepared chunk, in whatever thread."""
+        return self.encoder.flat(done.rendered)
+
+    def finish(self, done: Prepared, flat: Flat) -> Finished:
+        """Return what becomes of a prepared chunk with its texts encoded."""
+        samples = self.encoder.samples(done.rendered, flat)
         size = 2 if self.kind == "preferences" else 1
         samples, failed = _without_failed_groups(samples, size)
         rows = done.chunk.rows
@@ -183,7 +206,7 @@ class ChunkWork:
             places = {id(row): place for place, row in enumerate(rows)}
             rejects.sort(key=lambda reject: places[id(reject[0])])
         about = b"".join([line for group, line in enumerate(done.about) if group not in failed])
-        hidden = [found for rendered in done.rendered if (found := rendered.num_control_texts)]
+        hidden = [row.num_control_texts for row in done.rendered.hidden.values()]
         return Finished(
             num_rows=len(rows),
             tokens=samples.tokens,

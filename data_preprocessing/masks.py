@@ -39,23 +39,31 @@ def unchanged_by_nfc(text: str) -> bool:
 
 
 class Frame(NamedTuple):
-    """A text in UTF-8 but for contents that go into it: `num_bytes` without them.
+    """What rows of one look have in common: their text in UTF-8 but for the contents that go into it.
 
-    An edge of a trained span lies behind that many bytes in `edges` and that many contents in `slots`; the edges
-    ascend, two for each span. `marks` is what the mask holds in each span.
+    `num_bytes` is the length without the `num_contents` contents. An edge of a trained span lies behind that many
+    bytes in `edges` and that many contents in `slots`; the edges ascend, two for each span. `marks` is what the mask
+    holds in each span; `num_control_tokens` counts the control tokens around the contents.
     """
 
     num_bytes: int
+    num_contents: int
     edges: tuple[int, ...]
     slots: tuple[int, ...]
     marks: tuple[int, ...]
+    num_control_tokens: int = 0
 
     @classmethod
-    def around(cls, text: str, spans: Sequence[Span], marks: Sequence[int] = ()) -> "Frame":
+    def around(
+        cls, text: str, spans: Sequence[Span], marks: Sequence[int] = (), num_control_tokens: int = 0
+    ) -> "Frame":
         """Return the frame of a text without contents."""
         size, found = in_bytes(text, spans)
         edges = tuple(chain.from_iterable(found))
-        return cls(size, edges, (0,) * len(edges), tuple(marks) or (1,) * len(spans))
+        return cls(size, 0, edges, (0,) * len(edges), tuple(marks) or (1,) * len(spans), num_control_tokens)
+
+
+Run = tuple[Frame, int]  # a frame, and how many rows one behind the other have it
 
 
 class Places(NamedTuple):
@@ -70,25 +78,33 @@ class Places(NamedTuple):
     marks: np.ndarray
 
 
-def filled(frames: Sequence[Frame], sizes: Sequence[Sequence[int]]) -> Places:
-    """Return the places in texts that become of `frames` with contents of `sizes` bytes."""
-    counts = np.fromiter(map(len, sizes), np.int64, len(sizes))
-    past = np.cumsum(counts)
-    first = past - counts
-    before = np.zeros(int(counts.sum()) + 1, np.int64)
-    np.cumsum(np.fromiter(chain.from_iterable(sizes), np.int64, len(before) - 1), out=before[1:])
-    num_bytes, edges, slots, marks = zip(*frames, strict=True)
-    num_edges = np.fromiter(map(len, edges), np.int64, len(edges))
-    total = int(num_edges.sum())
-    first_slot = np.repeat(first, num_edges)
-    slot = first_slot + np.fromiter(chain.from_iterable(slots), np.int64, total)
-    inside = np.fromiter(chain.from_iterable(edges), np.int64, total)
-    return Places(
-        np.array(num_bytes, np.int64) + before[past] - before[first],
-        num_edges,
-        inside + before[slot] - before[first_slot],
-        np.fromiter(chain.from_iterable(marks), np.uint8, total // 2),
+def filled(runs: Sequence[Run], sizes: Sequence[int]) -> Places:
+    """Return the places in texts that become of `runs` with contents of `sizes` bytes, [contents of all rows]."""
+    frames = [frame for frame, _ in runs]
+    rows_of = np.array([count for _, count in runs], np.int64)
+    before = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(np.array(sizes, np.int64), out=before[1:])
+    num_contents = np.repeat([frame.num_contents for frame in frames], rows_of)
+    past = np.cumsum(num_contents)
+    first = past - num_contents
+    num_bytes = np.repeat([frame.num_bytes for frame in frames], rows_of) + before[past] - before[first]
+
+    edges_of = np.array([len(frame.edges) for frame in frames], np.int64)
+    num_edges = np.repeat(edges_of, rows_of)
+    # Where the edges of each row's frame begin among those of all frames, less where its own begin.
+    shift = np.repeat(np.cumsum(edges_of) - edges_of, rows_of) - (np.cumsum(num_edges) - num_edges)
+    place = np.arange(int(num_edges.sum())) + np.repeat(shift, num_edges)
+    inside, slots, marks = (
+        np.fromiter(chain.from_iterable(parts), np.int64)[at]
+        for parts, at in (
+            ([frame.edges for frame in frames], place),
+            ([frame.slots for frame in frames], place),
+            ([frame.marks for frame in frames], place[::2] // 2),
+        )
     )
+    first_slot = np.repeat(first, num_edges)
+    edges = inside + before[first_slot + slots] - before[first_slot]
+    return Places(num_bytes, num_edges, edges, marks.astype(np.uint8))
 
 
 def flat_mask(

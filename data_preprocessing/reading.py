@@ -270,6 +270,23 @@ def _unclosed(text: str, place: int) -> str:
 # ------------------------------------------------------------------------------------------------- rows
 
 
+def parse_rows(rows: Sequence[Row], *, encoding: str = "utf-8") -> list[Any]:
+    """Return the JSON value of each row, or the RowError that `parse_row` raises."""
+    lines = [row.data for row in rows]
+    if encoding.lower() in ("utf-8", "utf8") and set(map(type, lines)) == {bytes}:
+        try:
+            return list(map(orjson.loads, lines))
+        except orjson.JSONDecodeError:
+            pass  # of one row at least
+    values: list[Any] = []
+    for row in rows:
+        try:
+            values.append(parse_row(row, encoding=encoding))
+        except RowError as error:
+            values.append(error)
+    return values
+
+
 def parse_row(row: Row, *, encoding: str = "utf-8") -> Any:
     """Return the row's JSON value; RowError with reason `encoding` or `syntax` otherwise."""
     if not isinstance(row.data, bytes):

@@ -101,12 +101,15 @@ def record(value: Any, *, merge_consecutive: bool = False, columns: Sequence[tup
     return conversation(value, merge_consecutive=merge_consecutive)
 
 
-def plain_conversation(value: Any) -> PlainTurns | None:
-    """Return what `record` would where that is a conversation of plain turns; None for every other value, good or not.
+def plain_conversations(values: Sequence[Any]) -> PlainTurns | None:
+    """Return what `record` would of rows that are conversations of plain turns, all of them; else None.
 
-    Nearly all rows of nearly all files are such, and this takes a third of the time.
+    Nearly all rows of nearly all files are such, and this takes a tenth of the time.
     """
-    return plain_turns(value) if type(value) is dict and SPECIAL.isdisjoint(value) else None
+    if set(map(type, values)) != {dict}:
+        return None
+    keys = set().union(*values)
+    return plain_turns(values, keys) if SPECIAL.isdisjoint(keys) else None
 
 
 def conversation(value: Any, *, merge_consecutive: bool = False) -> Conversation:

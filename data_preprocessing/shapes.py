@@ -8,11 +8,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain, repeat, zip_longest
 from typing import NamedTuple
 
 from .masks import Frame, Span
-from .samples import Filled, Rendered
+from .rendered import Rendered
 
 # What stands in for contents: a number between private-use characters, that no template asks for.
 STAND_IN = re.compile("\ue0f0([0-9]+)\ue0f1")
@@ -33,12 +33,15 @@ class Slot(NamedTuple):
     left: bool
     right: bool
 
-    def content(self, contents: Sequence[str]) -> str:
+    def cut(self, content: str) -> str:
         """Return the content of this slot as the template writes it."""
-        text = contents[self.turn]
         if not self.left:
-            return text.rstrip() if self.right else text
-        return text.strip() if self.right else text.lstrip()
+            return content.rstrip() if self.right else content
+        return content.strip() if self.right else content.lstrip()
+
+    def cut_all(self, contents: Sequence[str]) -> Sequence[str]:
+        """Return the content of this slot in several conversations."""
+        return [self.cut(content) for content in contents] if self.left or self.right else contents
 
 
 Edges = tuple[tuple[int, int], tuple[int, int]]  # (literal characters, slots) in front of a span's start and end
@@ -56,23 +59,22 @@ class Shape:
 
     def fill(self, contents: Sequence[str], num_control_texts: int) -> Rendered:
         """Return the conversation with these contents."""
-        parts = [slot.content(contents) for slot in self.slots]
+        parts = [slot.cut(contents[slot.turn]) for slot in self.slots]
+        text = "".join(chain.from_iterable(zip_longest(self.literals, parts, fillvalue="")))
         spans = _placed(self.spans, map(len, parts))
-        return Rendered(self._text(parts), spans, self.num_control_tokens, num_control_texts, self.marks)
+        return Rendered(text, spans, self.num_control_tokens, num_control_texts, self.marks)
 
-    def fill_plain(self, contents: Sequence[str]) -> Filled:
-        """Return the same of contents without control text; UnicodeEncodeError where one cannot be encoded."""
-        if not self._takes_all or len(contents) != len(self.slots):
-            contents = [slot.content(contents) for slot in self.slots]
-        text = self._text(contents)
-        is_ascii = text.isascii() or all(map(str.isascii, contents))
-        sizes = list(map(len, contents if is_ascii else map(str.encode, contents)))
-        return Filled(text, self._frame, sizes, self.num_control_tokens)
+    def fill_all(self, contents: Sequence[str], num_turns: int) -> tuple[list[str], list[int]]:
+        """Return conversations without control text, and the UTF-8 bytes of what fills the slots of each.
 
-    def _text(self, contents: Sequence[str]) -> str:
-        parts = self._parts.copy()
-        parts[1::2] = contents
-        return "".join(parts)
+        `contents` [conversations x num_turns]. UnicodeEncodeError where one cannot be encoded.
+        """
+        columns = [slot.cut_all(contents[slot.turn :: num_turns]) for slot in self.slots]
+        literals = [repeat(literal, len(contents) // num_turns) for literal in self.literals]
+        pieces = [piece for pair in zip(literals, columns, strict=False) for piece in pair]
+        texts = list(map("".join, zip(*pieces, literals[-1], strict=True)))
+        parts = contents if self._takes_all else chain.from_iterable(zip(*columns, strict=True))
+        return texts, [len(part) if part.isascii() else len(part.encode()) for part in parts]
 
     @cached_property
     def _takes_all(self) -> bool:
@@ -80,20 +82,17 @@ class Shape:
         return all(slot == (turn, False, False) for turn, slot in enumerate(self.slots))
 
     @cached_property
-    def _parts(self) -> list[str]:
-        parts = [""] * (2 * len(self.slots) + 1)
-        parts[::2] = self.literals
-        return parts
-
-    @cached_property
-    def _frame(self) -> Frame:
+    def frame(self) -> Frame:
+        """What conversations of this shape have in common."""
         literal = "".join(self.literals)
         edges = [edge for span in self.spans for edge in span]
         return Frame(
             len(literal.encode()),
+            len(self.slots),
             tuple([len(literal[:characters].encode()) for characters, _ in edges]),
             tuple([slots for _, slots in edges]),
             self.marks,
+            self.num_control_tokens,
         )
 
 

@@ -1,6 +1,5 @@
 """A plain text -> tokens for pre-training: no template, the end token behind it, every token trained."""
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +8,10 @@ import numpy as np
 from toolkits.foundation.errors import DataError, UsageError
 
 from .control_text import ControlText
-from .encoders import EncoderName, choose_encoder
+from .encoders import EncoderName, Flat, choose_encoder
 from .records import Document
-from .samples import Filled, Rendered, SampleEncoder, Samples
+from .rendered import Rendered, RenderedRows
+from .samples import SampleEncoder, Samples
 from .tokenizer import LoadedTokenizer, load_tokenizer
 
 # What published vocabularies separate documents with in pre-training. A chat model's eos_token is often the end
@@ -19,36 +19,28 @@ from .tokenizer import LoadedTokenizer, load_tokenizer
 DOCUMENT_ENDS = ("<|endoftext|>", "<|end_of_text|>", "<｜end▁of▁sentence｜>", "<eos>", "</s>")
 
 
-class TextEncoder:
+class TextEncoder(SampleEncoder):
     """A tokenizer folder's encoder for documents; `end_token` overrides the token behind each of them.
 
     Raises UsageError for an end token that the tokenizer lacks, DataError when it has none at all.
     """
 
     def __init__(self, folder: Path, *, encoder: EncoderName = "auto", end_token: str | None = None) -> None:
-        self.tokenizer: LoadedTokenizer = load_tokenizer(folder)
-        self.end_token, self.end_id, self.end_reason = _end_token(self.tokenizer, end_token)
-        self._control = ControlText(self.tokenizer)
-        flat = choose_encoder(self.tokenizer, encoder)
-        self._samples = SampleEncoder(self.tokenizer, flat, self._control)
+        tokenizer = load_tokenizer(folder)
+        self.end_token, self.end_id, self.end_reason = _end_token(tokenizer, end_token)
+        super().__init__(tokenizer, choose_encoder(tokenizer, encoder), ControlText(tokenizer))
 
     def render(self, document: Document) -> Rendered:
         """Return the text with its control text hidden, which stays text."""
         text, found = self._control.hide(document.text)
         return Rendered(text, ((0, len(text)),), 0, found)
 
-    def encode(self, rendered: Sequence[Rendered | Filled]) -> Samples:
-        """Return the samples of rendered texts; an error is `control_text`."""
-        found = self._samples.encode(rendered)
+    def samples(self, rows: RenderedRows, flat: Flat) -> Samples:
+        found = super().samples(rows, flat)
         whole = found.lengths > 0
         ends = np.cumsum(found.lengths)[whole]
         tokens, mask = np.insert(found.tokens, ends, self.end_id), np.insert(found.mask, ends, 1)
         return Samples(tokens, mask, found.lengths + whole, found.errors)
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether `encode` would not wait for an encoder that is still being built."""
-        return self._samples.is_ready
 
     def about(self) -> dict[str, Any]:
         """Return what the manifest says of the encoding."""

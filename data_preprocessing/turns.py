@@ -51,13 +51,14 @@ class Message(NamedTuple):
 
 
 class PlainTurns(NamedTuple):
-    """A good conversation of turns that are a role and a text each, and no text blank.
+    """Good conversations of turns that are a role and a text each, and no text blank.
 
-    Good but for this: a text may have a NUL or half of a surrogate pair.
+    `roles` are those of each conversation, `contents` the texts of all turns. Good but for this: a text may have half
+    of a surrogate pair.
     """
 
     layout: str
-    roles: tuple[str, ...]
+    roles: list[tuple[str, ...]]
     contents: list[str]
 
 

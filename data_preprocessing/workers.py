@@ -4,6 +4,7 @@ import os
 import signal
 from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -12,7 +13,9 @@ from toolkits.foundation.errors import DataError, TemperError, describe
 
 from .chunks import BuildOptions, Chunk, ChunkWork, Finished, Prepared
 from .dataset import Kind
+from .encoders import Flat
 
+WAITING = 3  # chunks that are encoded, or wait for that
 AHEAD = 16_000_000  # characters of texts that wait for an encoder which is still being built
 
 
@@ -26,28 +29,75 @@ def finished_chunks(
 
 
 def _in_this_process(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finished]:
-    """Work on one chunk after the other; the first ones are prepared while their encoder is being built.
+    """Prepare and finish chunks here, while a thread beside this one encodes what is prepared."""
+    fault = None
+    with _Encoding(work) as encoding:
+        while True:
+            try:
+                chunk = next(chunks, None)
+            except Exception as error:  # a file that cannot be read any further; what came before is finished first
+                chunk, fault = None, error
+            if chunk is None:
+                break
+            encoding.add(work.prepare(chunk))
+            yield from encoding.done()
+        yield from encoding.rest()
+    if fault is not None:
+        raise fault
 
-    Later there is nothing to win by that: the encoder's own threads take all cores.
-    """
-    prepared: deque[Prepared] = deque()
-    held, fault = 0, None
-    while True:
-        try:
-            chunk = next(chunks, None)
-        except Exception as error:  # a file that cannot be read any further; what came before it is finished first
-            chunk, fault = None, error
-        if chunk is not None:
-            prepared.append(work.prepare(chunk))
-            held += sum(len(row.text) for row in prepared[-1].rendered)
-        if chunk is None or held > AHEAD or work.encoder.is_ready:
-            while prepared:
-                yield work.finish(prepared.popleft())
-            held = 0
-        if fault is not None:
-            raise fault
-        if chunk is None:
+
+class _Encoding:
+    """Prepared chunks on their way through the encoder, in order."""
+
+    def __init__(self, work: ChunkWork) -> None:
+        self._work = work
+        self._thread = ThreadPoolExecutor(1)
+        self._waiting: deque[tuple[Prepared, Future[Flat]]] = deque()
+
+    def __enter__(self) -> "_Encoding":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def add(self, prepared: Prepared) -> None:
+        """Have a chunk encoded."""
+        self._waiting.append((prepared, self._thread.submit(self._work.encode, prepared)))
+
+    def done(self) -> Iterator[Finished]:
+        """Yield what is finished; this thread encodes too when too much waits."""
+        if len(self._waiting) > WAITING and self._work.encoder.is_ready:
+            self._help()
+        while self._waiting and (self._waiting[0][1].done() or self._is_too_much):
+            yield self._finished()
+
+    def rest(self) -> Iterator[Finished]:
+        """Yield all that is left."""
+        while self._waiting:
+            self._help()
+            yield self._finished()
+
+    @property
+    def _is_too_much(self) -> bool:
+        if self._work.encoder.is_ready:
+            return len(self._waiting) > WAITING
+        return sum(len(text) for prepared, _ in self._waiting for text in prepared.rendered.texts) > AHEAD
+
+    def _finished(self) -> Finished:
+        prepared, encoded = self._waiting.popleft()
+        return self._work.finish(prepared, encoded.result())
+
+    def _help(self) -> None:
+        """Encode the last chunk that nobody has begun to encode, if the first one is not done meanwhile."""
+        if self._waiting[0][1].done():
             return
+        for place in reversed(range(len(self._waiting))):
+            prepared, encoded = self._waiting[place]
+            if encoded.cancel():
+                mine: Future[Flat] = Future()
+                mine.set_result(self._work.encode(prepared))
+                self._waiting[place] = (prepared, mine)
+                return
 
 
 def _in_processes(chunks: Iterator[Chunk], kind: Kind, tokenizer: Path, options: BuildOptions) -> Iterator[Finished]:

@@ -14,8 +14,8 @@ from data_world import NO_SHARED, SHARED, SPECIALS, TEMPLATES, fuzzed_rows, talk
 
 from data_preprocessing.chat import ChatEncoder
 from data_preprocessing.records import conversation
+from data_preprocessing.rendered import Rendered
 from data_preprocessing.row_error import RowError
-from data_preprocessing.samples import Rendered
 from data_preprocessing.tokenizer import load_tokenizer, tokenizer_fingerprint
 from toolkits.foundation.errors import DataError
 

@@ -19,8 +19,8 @@ from data_preprocessing.dataset import FILE_SUFFIXES
 from data_preprocessing.encoders import FastokensEncoder, TokenizersEncoder, choose_encoder, compare, quickly_read
 from data_preprocessing.masks import Frame, filled, flat_mask, offset_mask, unchanged_by_nfc
 from data_preprocessing.records import conversation
+from data_preprocessing.rendered import Rendered
 from data_preprocessing.row_error import RowError
-from data_preprocessing.samples import Rendered
 from data_preprocessing.tokenizer import load_tokenizer
 from toolkits.foundation.errors import MachineError
 
@@ -209,8 +209,8 @@ def test_masks_from_lengths_are_those_from_offsets(tmp_path):
             texts.append(text)
             spans.append(list(zip(edges[::2], edges[1::2], strict=True)))
         ids, bounds = TokenizersEncoder(tokenizer).encode(texts)
-        frames = [Frame.around(text, span) for text, span in zip(texts, spans, strict=True)]
-        mask, adds_up = flat_mask(ids, bounds, tokenizer.byte_lengths, filled(frames, [()] * len(frames)))
+        runs = [(Frame.around(text, span), 1) for text, span in zip(texts, spans, strict=True)]
+        mask, adds_up = flat_mask(ids, bounds, tokenizer.byte_lengths, filled(runs, []))
         flat = [number for number, text in enumerate(texts) if adds_up[number] and unchanged_by_nfc(text)]
         assert len(flat) > 100
         for number in flat:

@@ -9,9 +9,11 @@ from data_world import PIECES, TEMPLATES, fuzzed_rows, talk, unmarked, write_tok
 
 from data_preprocessing.build import BuildOptions
 from data_preprocessing.chunks import Chunk, ChunkWork
-from data_preprocessing.masks import Frame, filled
+from data_preprocessing.layouts import LAYOUTS
+from data_preprocessing.masks import filled
 from data_preprocessing.reading import Row
-from data_preprocessing.records import plain_conversation, record
+from data_preprocessing.records import plain_conversations, record
+from data_preprocessing.rendered import RenderedRows
 from data_preprocessing.row_error import RowError
 from data_preprocessing.turns import is_encodable
 
@@ -58,8 +60,13 @@ def prepared(work, rows):
     chunk = Chunk(0, [Row(line, value) for line, value in enumerate(rows, start=1)])
     done = work.prepare(chunk)
     bad = [(row.line, error.reason, str(error)) for row, error in done.rejects]
-    rows = [(one.text, list(one.spans), one.num_control_tokens, one.num_control_texts) for one in done.rendered]
-    return rows, done.groups, bad, done.layouts
+    return said(done.rendered), done.groups, bad, done.layouts
+
+
+def said(rows):
+    """Return what rendered rows say, without how they are kept."""
+    every = [row for _, row in rows.some(range(len(rows)))]
+    return [(one.text, list(one.spans), list(one.marks), *one[2:4]) for one in every]
 
 
 @pytest.mark.parametrize("template", [*TEMPLATES.values(), *map(unmarked, TEMPLATES.values()), STRIPPING])
@@ -75,29 +82,44 @@ def test_both_ways_make_the_same(tmp_path, template, train_on):
 def test_most_rows_take_the_short_way_and_no_other_does():
     taken = 0
     for value in [*fuzzed_rows(100), *odd_rows(1000)]:
-        turns = plain_conversation(value)
+        turns = plain_conversations([value])
         if turns is not None and all(map(is_encodable, turns.contents)):
             taken += 1
             found = record(value)
             assert (found.layout, found.tools) == (turns.layout, ())
-            assert [(one.role, one.content) for one in found.messages] == list(
-                zip(turns.roles, turns.contents, strict=True)
-            )
+            (roles,) = turns.roles
+            assert [(one.role, one.content) for one in found.messages] == list(zip(roles, turns.contents, strict=True))
             assert all(one.is_plain and one.loss is None for one in found.messages)
     assert taken > 150
+
+
+def test_rows_are_plain_together_when_each_of_them_is():
+    rows = [value for value in [*fuzzed_rows(100), *odd_rows(300)] if plain_conversations([value])]
+    for layout in ("messages", "sharegpt"):
+        alike = [value for value in rows if plain_conversations([value]).layout == layout]
+        alike = [value for value in alike if "role" in next(iter(value[LAYOUTS[layout][0]]))]
+        found, alone = plain_conversations(alike), [plain_conversations([value]) for value in alike]
+        assert len(alike) >= 10 and found.layout == layout
+        assert found.roles == [one.roles[0] for one in alone]
+        assert found.contents == [text for one in alone for text in one.contents]
+        for odd in odd_rows(300):
+            assert plain_conversations([odd]) or plain_conversations([*alike[:3], odd]) is None
 
 
 @pytest.mark.parametrize("template", [TEMPLATES["chatml"], STRIPPING])
 def test_spans_in_bytes_are_those_of_the_text(tmp_path, template):
     work = ChunkWork("conversations", write_tokenizer(tmp_path, template), BuildOptions(encoder="tokenizers"))
-    values = [value for value in [*fuzzed_rows(100), talk("é", "中")] if plain_conversation(value)]
-    both = [(work.encoder.render_plain(plain_conversation(value)), value) for value in values]
-    rows, values = zip(*[pair for pair in both if pair[0]], strict=True)
-    places = filled([row.frame for row in rows], [row.sizes for row in rows])
-    long_way = [work.encoder.render(record(value)) for value in values]
-    alone = filled([Frame.around(row.text, row.spans) for row in long_way], [()] * len(rows))
-    assert all(map(np.array_equal, places, alone)) and len(rows) > 20
-    for row, start in zip(rows, np.cumsum(places.num_edges) - places.num_edges, strict=True):
+    rows, values = RenderedRows(), []
+    for value in [*fuzzed_rows(100), talk("é", "中")]:
+        turns = plain_conversations([value])
+        if turns and work.encoder.render_plain(turns, rows):
+            values.append(value)
+    places = filled(rows.runs, rows.sizes)
+    long_way = RenderedRows([work.encoder.render(record(value)) for value in values])
+    assert said(rows) == said(long_way) and len(rows) > 20
+    assert all(map(np.array_equal, places, filled(long_way.runs, [])))
+    first_edges = np.cumsum(places.num_edges) - places.num_edges
+    for start, (_, row) in zip(first_edges, rows.some(range(len(rows))), strict=True):
         first, past = places.edges[start : start + 2]
         assert row.text.encode()[first:past].decode() == row.text[slice(*row.spans[0])]
 

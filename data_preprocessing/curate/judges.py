@@ -10,8 +10,8 @@ from toolkits.foundation.errors import UsageError
 from ..chat import ChatEncoder
 from ..languages import LANGUAGES, language_of
 from ..records import Conversation, Document, Labelled, Preference
+from ..rendered import Rendered
 from ..row_error import RowError
-from ..samples import Rendered
 from ..text import TextEncoder
 from .facts import Facts, Part
 from .quality import SIGNS
