@@ -1,6 +1,6 @@
 """Files of rows -> a dataset on disk.
 
-    read_files -> chunks_of -> finished_chunks -> DatasetWriter
+    read_batches -> chunks_of -> finished_chunks -> DatasetWriter
 
 Every stage is a generator, so memory stays flat. The first good row says which kind of rows the files hold. A bad
 row stops the build, or is written down. The result depends neither on the size of the chunks, nor on the encoder,
@@ -11,7 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from itertools import chain, islice
+from itertools import chain
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +20,7 @@ from toolkits.foundation.publish import publish_files
 
 from .chunks import KIND_OF, BuildOptions, ChunkWork, Finished, chunks_of, read_record
 from .dataset import ABOUT_SUFFIX, Kind, document_prefix, file_suffixes, sibling
-from .reading import STDIN, ReadReport, Row, find_inputs, read_files
+from .reading import STDIN, ReadReport, Rows, find_inputs, read_batches
 from .rejects import Rejects, rejects_path
 from .row_error import RowError
 from .unfinished import Unfinished
@@ -73,16 +73,16 @@ def build(
     sources = find_inputs([input] if isinstance(input, str | Path) else input)
     options, tokenizer, target = options or BuildOptions(), Path(tokenizer), document_prefix(Path(prefix))
     report = ReadReport()
-    kind, rows = kind_of(read_files(sources, report, encoding=options.encoding), options)
+    kind, batches = kind_of(read_batches(sources, report, encoding=options.encoding), options)
     if kind is None:
-        _refuse_all(sources, target, rows, options)
+        _refuse_all(sources, target, batches, options)
     options = with_encoder(options, sources)
     work = ChunkWork(kind, tokenizer, options)
     suffixes, job = file_suffixes(kind), _job(sources, work)
     unfinished = Unfinished(job, rejects_path(target), seconds=options.save_seconds)
     with publish_files(target, suffixes, overwrite=overwrite, keeps=unfinished.keeps) as folder:
         run = _Run(sources, target, options, unfinished, folder)
-        chunks = chunks_of(islice(rows, run.tally.rows, None), first=run.tally.rows, chunk_rows=options.chunk_rows)
+        chunks = chunks_of(batches, chunk_rows=options.chunk_rows, skip=run.tally.rows)
         manifest = run.through(finished_chunks(chunks, work, kind, tokenizer, options), work, report)
     if ABOUT_SUFFIX not in suffixes:
         sibling(target, ABOUT_SUFFIX).unlink(missing_ok=True)  # of the dataset that stood here before
@@ -137,17 +137,18 @@ class _Run:
         )
 
 
-def kind_of(rows: Iterator[Row], options: BuildOptions) -> tuple[Kind | None, Iterator[Row]]:
+def kind_of(batches: Iterator[Rows], options: BuildOptions) -> tuple[Kind | None, Iterator[Rows]]:
     """Return which kind the first good row is of, and all rows again; None when a bad one stops the build first."""
     seen = []
-    for row in rows:
-        seen.append(row)
-        try:
-            return KIND_OF[type(read_record(row, options))], chain(seen, rows)
-        except RowError:
-            if options.on_bad_row == "stop":
-                break
-    return None, chain(seen, rows)
+    for batch in batches:
+        seen.append(batch)
+        for row in batch:
+            try:
+                return KIND_OF[type(read_record(row, options))], chain(seen, batches)
+            except RowError:
+                if options.on_bad_row == "stop":
+                    return None, chain(seen, batches)
+    return None, iter(seen)
 
 
 def with_encoder(options: BuildOptions, sources: Sequence[Path]) -> BuildOptions:
@@ -157,12 +158,12 @@ def with_encoder(options: BuildOptions, sources: Sequence[Path]) -> BuildOptions
     return options
 
 
-def _refuse_all(sources: Sequence[Path], target: Path, rows: Iterator[Row], options: BuildOptions) -> NoReturn:
+def _refuse_all(sources: Sequence[Path], target: Path, batches: Iterator[Rows], options: BuildOptions) -> NoReturn:
     """Raise DataError for files without a good row, with their bad ones written down where that is asked for."""
     target.parent.mkdir(parents=True, exist_ok=True)
     with Rejects(sources, rejects_path(target), skip=options.on_bad_row == "skip", state=None) as rejects:
         count = 0
-        for row in rows:
+        for row in chain.from_iterable(batches):
             count += 1
             try:
                 read_record(row, options)

@@ -7,7 +7,7 @@ finish     ids -> tokens and masks (arrays)
 
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ from toolkits.foundation.errors import UsageError
 from .chat import ChatEncoder, TrainOn
 from .dataset import Kind
 from .encoders import EncoderName, Flat
-from .reading import Row, parse_row, parse_rows
+from .reading import Row, Rows, parse_row, parse_rows
 from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversations, record
 from .rendered import Rendered, RenderedRows
 from .row_error import RowError
@@ -27,7 +27,6 @@ from .samples import Samples
 from .text import TextEncoder
 
 ROWS_AT_ONCE = 128  # that are parsed and rendered together: what they say stays in a core's cache
-CHARACTERS_AT_ONCE = 1 << 22  # of a chunk's rows as they stand in the file: a few long documents are a chunk too
 
 KIND_OF: Mapping[type, Kind] = {
     Conversation: "conversations",
@@ -66,7 +65,7 @@ class Chunk(NamedTuple):
     """Rows that go through a build together; `first` counts the input's rows in front of them."""
 
     first: int
-    rows: Sequence[Row]
+    rows: Rows
 
 
 @dataclass
@@ -80,7 +79,7 @@ class Prepared:
     rendered: RenderedRows = field(default_factory=RenderedRows)
     groups: list[int] = field(default_factory=list)
     about: list[bytes] = field(default_factory=list)
-    rejects: list[tuple[Row, RowError]] = field(default_factory=list)
+    rejects: list[tuple[int, RowError]] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
 
 
@@ -99,19 +98,13 @@ class Finished:
     rows_with_control_text: int
 
 
-def chunks_of(rows: Iterable[Row], *, first: int, chunk_rows: int) -> Iterator[Chunk]:
-    """Yield rows in chunks; `first` rows came before them."""
-    gathered: list[Row] = []
-    size = 0
-    for row in rows:
-        gathered.append(row)
-        data = row.data
-        size += len(data) if type(data) is bytes else len(str(data))
-        if len(gathered) == chunk_rows or size >= CHARACTERS_AT_ONCE:
-            yield Chunk(first, gathered)
-            first, gathered, size = first + len(gathered), [], 0
-    if gathered:
-        yield Chunk(first, gathered)
+def chunks_of(batches: Iterable[Rows], *, chunk_rows: int, skip: int = 0) -> Iterator[Chunk]:
+    """Yield rows in chunks, without the first `skip` of them."""
+    first = 0
+    for batch in batches:
+        for start in range(max(0, skip - first), len(batch), chunk_rows):
+            yield Chunk(first + start, batch[start : start + chunk_rows])
+        first += len(batch)
 
 
 class ChunkWork:
@@ -173,7 +166,7 @@ class ChunkWork:
             found = self.record(row, value)
             rendered, about = self._render(found)
         except RowError as error:
-            done.rejects.append((row, error))
+            done.rejects.append((index, error))
             return
         for one in rendered:
             done.rendered.append(one)
@@ -200,11 +193,8 @@ class ChunkWork:
         samples = self.encoder.samples(done.rendered, flat)
         size = 2 if self.kind == "preferences" else 1
         samples, failed = _without_failed_groups(samples, size)
+        rejects = sorted(done.rejects + [(done.groups[group], error) for group, error in failed.items()], key=_place)
         rows = done.chunk.rows
-        rejects = done.rejects + [(rows[done.groups[group]], error) for group, error in failed.items()]
-        if rejects:
-            places = {id(row): place for place, row in enumerate(rows)}
-            rejects.sort(key=lambda reject: places[id(reject[0])])
         about = b"".join([line for group, line in enumerate(done.about) if group not in failed])
         hidden = [row.num_control_texts for row in done.rendered.hidden.values()]
         return Finished(
@@ -213,7 +203,7 @@ class ChunkWork:
             mask=samples.mask,
             lengths=samples.lengths[samples.lengths > 0],
             about=about,
-            rejects=rejects,
+            rejects=[(rows[index], error) for index, error in rejects],
             layouts=done.layouts,
             control_texts=sum(hidden),
             rows_with_control_text=len(hidden),
@@ -255,6 +245,10 @@ def read_record(row: Row, options: BuildOptions) -> Record:
     """Return the record of a row, whatever its kind."""
     value = parse_row(row, encoding=options.encoding)
     return record(value, merge_consecutive=options.merge_consecutive, columns=options.columns)
+
+
+def _place(reject: tuple[int, RowError]) -> int:
+    return reject[0]
 
 
 def _line(value: dict[str, Any]) -> bytes:

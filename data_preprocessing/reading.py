@@ -15,10 +15,11 @@ import sys
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import accumulate, chain, islice, repeat
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any, NamedTuple, overload
 
 import orjson
 
@@ -33,7 +34,7 @@ GZIP_MARK, ZSTD_MARK, PARQUET_MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
 CLIP = 120  # characters of a bad line that an error shows
 BYTES_AT_ONCE = 1 << 18  # that are read from a file
-ROWS_PER_LOOK = 256  # rows between two looks at how far a file is read
+BATCH_BYTES, BATCH_ROWS = 1 << 20, 256  # lines, and rows that are values already, that are handed on together
 
 _BLANK = re.compile(r"[ \t\r\n]*")
 
@@ -49,6 +50,35 @@ class Row(NamedTuple):
     data: Any
     offset: int = 0
     source: Path = STDIN
+
+
+@dataclass(frozen=True)
+class Rows(Sequence[Row]):
+    """Rows of a file, in columns; see `Row`."""
+
+    data: Sequence[Any]
+    lines: Sequence[int]
+    offsets: Sequence[int]
+    source: Path = STDIN
+
+    @classmethod
+    def of(cls, rows: Sequence[Row]) -> "Rows":
+        """Return rows of one file in columns."""
+        lines, data, offsets, sources = zip(*rows, strict=True)
+        return cls(data, lines, offsets, sources[0])
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    @overload
+    def __getitem__(self, place: int) -> Row: ...
+    @overload
+    def __getitem__(self, place: slice) -> "Rows": ...
+    def __getitem__(self, place: int | slice) -> "Row | Rows":
+        data, line, offset = self.data[place], self.lines[place], self.offsets[place]
+        if isinstance(place, slice):
+            return Rows(data, line, offset, self.source)  # type: ignore[arg-type]  # slices, all three
+        return Row(line, data, offset, self.source)  # type: ignore[arg-type]  # numbers
 
 
 @dataclass
@@ -87,18 +117,27 @@ def find_inputs(sources: Sequence[Path | str]) -> list[Path]:
     return found
 
 
-def read_files(paths: Sequence[Path], report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Row]:
-    """Yield the rows of several files, one file behind the other; see `read_rows`."""
-    for path in paths:
-        yield from read_rows(path, report, encoding=encoding)
-
-
-def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Row]:
-    """Yield the rows of a file; `-` is stdin.
+def read_batches(paths: Sequence[Path], report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Rows]:
+    """Yield the rows of several files, one file behind the other, some at once; `-` is stdin.
 
     Raises DataError for a file that cannot be read any further, UsageError for an unknown encoding, MachineError
     for one that takes a library which is missing.
     """
+    for path in paths:
+        yield from _batches(path, report, encoding)
+
+
+def read_files(paths: Sequence[Path], report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Row]:
+    """Yield the rows of several files, one by one; see `read_batches`."""
+    return chain.from_iterable(read_batches(paths, report, encoding=encoding))
+
+
+def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Iterator[Row]:
+    """Yield the rows of a file; see `read_batches`."""
+    return read_files([path], report, encoding=encoding)
+
+
+def _batches(path: Path, report: ReadReport, encoding: str) -> Iterator[Rows]:
     try:
         "".encode(encoding)
     except LookupError:
@@ -107,12 +146,11 @@ def read_rows(path: Path, report: ReadReport, *, encoding: str = "utf-8") -> Ite
         before, seekable, size = report.bytes_read, raw.seekable(), os.fstat(raw.fileno()).st_size
         file, packing = _unpacked(path, raw)
         try:
-            rows = _rows(path, file, report, encoding, packing)
-            for row in rows:
+            for batch in _unpacked_batches(path, file, report, encoding, packing):
                 if seekable:
-                    report.bytes_read = before + (row.offset if row.offset and not packing else raw.tell())
-                yield row
-                yield from islice(rows, ROWS_PER_LOOK - 1)
+                    offset = batch.offsets[-1]
+                    report.bytes_read = before + (offset if offset and not packing else raw.tell())
+                yield batch
         except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             if not packing:
                 raise
@@ -137,7 +175,7 @@ def _unpacked(path: Path, raw: Any) -> tuple[Any, str]:
     return raw, ""
 
 
-def _rows(path: Path, file: Any, report: ReadReport, encoding: str, packing: str) -> Iterator[Row]:
+def _unpacked_batches(path: Path, file: Any, report: ReadReport, encoding: str, packing: str) -> Iterator[Rows]:
     start = file.peek(8192)
     if start.startswith(UTF16_MARKS):
         raise DataError(f"{path}: the file is UTF-16; convert it first: iconv -f UTF-16 -t UTF-8")
@@ -149,33 +187,46 @@ def _rows(path: Path, file: Any, report: ReadReport, encoding: str, packing: str
     separator = SEPARATORS.get(Path(path.stem if packing else path.name).suffix)
     kind = "JSON list" if start.lstrip()[:1] == b"[" else "JSONL"
     if start.startswith(PARQUET_MARK):
-        kind, rows = "Parquet", _parquet_rows(path, file)
+        kind, batches = "Parquet", _batched(_parquet_rows(path, file))
     elif separator:
-        kind, rows = "CSV", _csv_rows(path, file, encoding, separator)
+        kind, batches = "CSV", _batched(_csv_rows(path, file, encoding, separator))
     elif kind == "JSON list":
-        rows = _list_rows(path, file.read(), encoding)
+        batches = _batched(_list_rows(path, file.read(), encoding))
     else:
-        rows = _line_rows(path, file, report, behind=len(UTF8_MARK) * marked)
+        batches = _line_batches(path, file, report, behind=len(UTF8_MARK) * marked)
     report.kinds.append(f"{kind} ({packing})" if packing else kind)
-    return rows
+    return batches
 
 
-def _line_rows(path: Path, file: IO[bytes], report: ReadReport, *, behind: int) -> Iterator[Row]:
-    # Bytes are counted, because a pipe cannot tell its place.
-    for number, line in enumerate(file, start=1):
-        offset, behind = behind, behind + len(line)
-        if line.endswith(b"\r\n"):
-            report.notes["CRLF lines"] += 1
-        if line.isspace():
-            report.notes["blank lines"] += 1
-            continue
-        yield Row(number, line, offset, path)
+def _line_batches(path: Path, file: IO[bytes], report: ReadReport, *, behind: int) -> Iterator[Rows]:
+    number = 1
+    while lines := file.readlines(BATCH_BYTES):
+        # Bytes are counted, because a pipe cannot tell its place.
+        *offsets, behind = accumulate(map(len, lines), initial=behind)
+        batch = Rows(lines, range(number, number + len(lines)), offsets, path)
+        number += len(lines)
+        windows = sum(map(bytes.endswith, lines, repeat(b"\r\n")))
+        if windows:
+            report.notes["CRLF lines"] += windows
+        if any(map(bytes.isspace, lines)):
+            rows = [row for row in batch if not row.data.isspace()]
+            report.notes["blank lines"] += len(lines) - len(rows)
+            if not rows:
+                continue
+            batch = Rows.of(rows)
+        yield batch
+
+
+def _batched(rows: Iterator[Row]) -> Iterator[Rows]:
+    while batch := list(islice(rows, BATCH_ROWS)):
+        yield Rows.of(batch)
 
 
 def _csv_rows(path: Path, file: Any, encoding: str, separator: str) -> Iterator[Row]:
     """A line of names, then rows; every value is text, and an empty one is left out."""
     csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.TextIOWrapper(file, encoding, newline=""), delimiter=separator, strict=True)
+    lines = io.TextIOWrapper(file, encoding, newline="")
+    reader = csv.reader(lines, delimiter=separator, strict=True)
     try:
         names = next(reader, [])
         if len(set(names)) != len(names):
@@ -191,6 +242,9 @@ def _csv_rows(path: Path, file: Any, encoding: str, separator: str) -> Iterator[
         raise DataError(f"{path}: {_encoding_fault(error, error.object, encoding)}") from None
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
+    finally:
+        with suppress(ValueError):  # who stops early has closed the file
+            lines.detach()  # or it would close the file
 
 
 def _parquet_rows(path: Path, file: Any) -> Iterator[Row]:
@@ -270,12 +324,11 @@ def _unclosed(text: str, place: int) -> str:
 # ------------------------------------------------------------------------------------------------- rows
 
 
-def parse_rows(rows: Sequence[Row], *, encoding: str = "utf-8") -> list[Any]:
+def parse_rows(rows: Rows, *, encoding: str = "utf-8") -> list[Any]:
     """Return the JSON value of each row, or the RowError that `parse_row` raises."""
-    lines = [row.data for row in rows]
-    if encoding.lower() in ("utf-8", "utf8") and set(map(type, lines)) == {bytes}:
+    if encoding.lower() in ("utf-8", "utf8") and set(map(type, rows.data)) == {bytes}:
         try:
-            return list(map(orjson.loads, lines))
+            return list(map(orjson.loads, rows.data))
         except orjson.JSONDecodeError:
             pass  # of one row at least
     values: list[Any] = []

@@ -11,7 +11,7 @@ from data_preprocessing.build import BuildOptions
 from data_preprocessing.chunks import Chunk, ChunkWork
 from data_preprocessing.layouts import LAYOUTS
 from data_preprocessing.masks import filled
-from data_preprocessing.reading import Row
+from data_preprocessing.reading import Row, Rows
 from data_preprocessing.records import plain_conversations, record
 from data_preprocessing.rendered import RenderedRows
 from data_preprocessing.row_error import RowError
@@ -57,9 +57,9 @@ def odd_rows(count):
 
 
 def prepared(work, rows):
-    chunk = Chunk(0, [Row(line, value) for line, value in enumerate(rows, start=1)])
+    chunk = Chunk(0, Rows.of([Row(line, value) for line, value in enumerate(rows, start=1)]))
     done = work.prepare(chunk)
-    bad = [(row.line, error.reason, str(error)) for row, error in done.rejects]
+    bad = [(index, error.reason, str(error)) for index, error in done.rejects]
     return said(done.rendered), done.groups, bad, done.layouts
 
 
@@ -133,6 +133,6 @@ def test_json_that_only_the_slower_parser_reads_goes_the_long_way(tmp_path):
     folder = write_tokenizer(tmp_path / "t")
     work = ChunkWork("conversations", folder, BuildOptions(encoder="tokenizers"))
     line = json.dumps(talk("a", "\ud800")).encode()
-    done = work.prepare(Chunk(0, [Row(1, line), Row(2, json.dumps(talk("a", "b")).encode())]))
-    assert [(row.line, error.reason) for row, error in done.rejects] == [(1, "character")]
+    done = work.prepare(Chunk(0, Rows.of([Row(1, line), Row(2, json.dumps(talk("a", "b")).encode())])))
+    assert [(index, error.reason) for index, error in done.rejects] == [(0, "character")]
     assert len(done.rendered) == 1

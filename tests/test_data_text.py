@@ -6,7 +6,7 @@ import pytest
 from click.testing import CliRunner
 from data_world import NO_SHARED, SHARED, fuzzed_rows, talk, write_rows, write_tokenizer
 
-from data_preprocessing import chunks as module
+from data_preprocessing import reading
 from data_preprocessing.build import BuildOptions, build
 from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
 from data_preprocessing.text import TextEncoder
@@ -110,8 +110,8 @@ def test_text_and_conversations_do_not_mix(tmp_path, tokenizer, rows, said):
 def test_the_result_does_not_depend_on_chunks(tmp_path, tokenizer, monkeypatch):
     source = write_rows(tmp_path / "rows", texts(30))
     built = []
-    for chunk_rows, characters in ((1, 10**6), (1024, 50), (1024, 10**6)):
-        monkeypatch.setattr(module, "CHARACTERS_AT_ONCE", characters)
+    for chunk_rows, batch_bytes in ((1, 10**6), (1024, 50), (1024, 10**6)):
+        monkeypatch.setattr(reading, "BATCH_BYTES", batch_bytes)
         options = BuildOptions(chunk_rows=chunk_rows)
         build(source, tmp_path / "out", tokenizer=tokenizer, overwrite=True, options=options)
         built.append([(tmp_path / f"out_text_document{suffix}").read_bytes() for suffix in FILE_SUFFIXES])

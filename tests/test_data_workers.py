@@ -14,7 +14,7 @@ from data_world import fuzzed_rows, talk, write_rows, write_tokenizer
 from data_preprocessing.build import BuildOptions, build
 from data_preprocessing.chunks import Chunk, ChunkWork
 from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
-from data_preprocessing.reading import Row
+from data_preprocessing.reading import Row, Rows
 from data_preprocessing.workers import _Worker, finished_chunks
 from toolkits.foundation.errors import DataError
 
@@ -165,7 +165,7 @@ def test_what_came_before_a_fault_of_the_input_is_finished_first(tmp_path):
 
     def chunks():
         for line in range(3):
-            yield Chunk(line, [Row(line + 1, talk("q", "a"))])
+            yield Chunk(line, Rows.of([Row(line + 1, talk("q", "a"))]))
         raise DataError("the file breaks off")
 
     for is_ready in (False, True):

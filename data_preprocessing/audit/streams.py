@@ -4,7 +4,7 @@ import mmap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,7 @@ from ..build import bytes_of, kind_of, with_encoder
 from ..chunks import BuildOptions, Chunk, ChunkWork, chunks_of, read_record
 from ..dataset import Dataset, IndexedDataset, Kind, document_prefix, open_dataset, sibling
 from ..inspect import tokenizer_of
-from ..reading import ReadReport, Row, find_inputs, read_files
+from ..reading import ReadReport, Row, find_inputs, read_batches
 from ..records import Record
 from ..row_error import RowError
 from ..tokenizer import LoadedTokenizer, load_tokenizer
@@ -64,8 +64,8 @@ class FileStream:
         self._options = with_encoder(replace(options, on_bad_row="skip", workers=1), self._sources)
         self.name = ", ".join(map(str, self._sources))
         self.places = Places(self._sources)
-        rows = read_files(self._sources, self._report, encoding=options.encoding)
-        self.kind, self._rows = kind_of(rows, self._options)
+        batches = read_batches(self._sources, self._report, encoding=options.encoding)
+        self.kind, self._batches = kind_of(batches, self._options)
         self._work = _Work(self.kind, tokenizer, self._options, self.places) if self.kind else None
         self.tokenizer = self._work.encoder.tokenizer if self._work else load_tokenizer(tokenizer)
         self._layouts: Counter[str] = Counter()
@@ -81,10 +81,10 @@ class FileStream:
 
     def _blocks(self) -> Iterator[Block]:
         if self._work is None:
-            for row in self._rows:
+            for row in chain.from_iterable(self._batches):
                 yield _without_samples([(self.places.add(row.source, row.line), _what_is_wrong(row, self._options))])
             return
-        for chunk in chunks_of(self._rows, first=0, chunk_rows=self._options.chunk_rows):
+        for chunk in chunks_of(self._batches, chunk_rows=self._options.chunk_rows):
             yield self._work.block(chunk)
 
     def facts(self) -> dict[str, Any]:
@@ -109,14 +109,19 @@ class _Work(ChunkWork):
 
     def block(self, chunk: Chunk) -> Block:
         """Return the chunk's rows as the checks see them."""
-        numbers = {id(row): self._places.add(row.source, row.line) for row in chunk.rows}
+        numbers = {_place(row): self._places.add(row.source, row.line) for row in chunk.rows}
         self._found = []
         done = self(chunk)
-        bad = {id(row): error for row, error in done.rejects}
-        entries = [entry_of(numbers[id(row)], record) for row, record in self._found if id(row) not in bad]
-        wrong = [(numbers[row], error) for row, error in bad.items()]
+        bad = {_place(row): error for row, error in done.rejects}
+        entries = [entry_of(numbers[_place(row)], record) for row, record in self._found if _place(row) not in bad]
+        wrong = [(numbers[place], error) for place, error in bad.items()]
         counts = (done.control_texts, done.rows_with_control_text)
         return Block(entries, done.tokens, (done.mask != 0).view(np.uint8), done.lengths, wrong, *counts)
+
+
+def _place(row: Row) -> tuple[int, int]:
+    """Return what tells a row from all others of its file: in a JSON list several may begin on a line."""
+    return row.line, row.offset
 
 
 class DatasetStream:

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from fractions import Fraction
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -26,7 +27,7 @@ from ..rejects import BadRows, Rejects
 from ..row_error import RowError
 from .output import Output, changing_facts, input_files, line_of
 from .step import drawn
-from .survey import ReadOptions, rows_with_progress
+from .survey import ReadOptions, batches_with_progress
 
 READING = "reading"
 
@@ -103,7 +104,8 @@ class _Set:
         """Read all rows; DataError for a bad one that is not to be skipped, or when none is left."""
         sources, report, aside = find_inputs([str(self.part.path)]), ReadReport(), None
         is_utf8 = options.encoding.lower() in ("utf-8", "utf8")
-        for number, row in enumerate(rows_with_progress(f"reading {self.part.path}", sources, options, report)):
+        batches = batches_with_progress(f"reading {self.part.path}", sources, options, report)
+        for number, row in enumerate(chain.from_iterable(batches)):
             try:
                 found = options.facts(number, row)
             except RowError as error:

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from .output import Output, changing_facts, input_files, line_of
 from .split import Split, Splitter
 from .step import Choice, Chooser, Judge, Resources, Step, Verdict
 from .steps import spelled
-from .survey import BAD, STAYS, ReadOptions, Survey, rows_with_progress
+from .survey import BAD, STAYS, ReadOptions, Survey, batches_with_progress
 
 READING = "reading"  # what stands for the step in the rejects of bad rows
 
@@ -136,7 +137,7 @@ class _Filter:
     def _write(self, fates: Fates, output: Output) -> list[Counter[str]]:
         """Copy every row to where it belongs; return how often each step gave each reason."""
         reasons: list[Counter[str]] = [Counter() for _ in self._steps]
-        rows = rows_with_progress("writing rows", self._sources, self._options)
+        rows = chain.from_iterable(batches_with_progress("writing rows", self._sources, self._options))
         with ExitStack() as stack:
             files = [stack.enter_context(path.open("wb")) for path in output.files]
             rejects = stack.enter_context(Rejects(self._sources, output.rejects, skip=True, state=None))

@@ -10,7 +10,7 @@ from typing import Literal
 from toolkits.foundation.progress import Progress
 
 from ..chunks import Chunk, chunks_of
-from ..reading import ReadReport, Row, read_files
+from ..reading import ReadReport, Row, Rows, read_batches
 from ..rejects import BadRows
 from ..row_error import RowError
 from .facts import Facts, facts_of
@@ -41,14 +41,14 @@ class ReadOptions:
         return BadRows(sources, skip=self.on_bad_row == "skip")
 
 
-def rows_with_progress(
+def batches_with_progress(
     label: str, sources: Sequence[Path], options: ReadOptions, report: ReadReport | None = None
-) -> Iterator[Row]:
+) -> Iterator[Rows]:
     """Yield the rows of files and say how far it is."""
     report, total = report or ReadReport(), sum(path.stat().st_size for path in sources)
     with Progress(label, total, unit="B") as progress:
-        for row in read_files(sources, report, encoding=options.encoding):
-            yield row
+        for batch in read_batches(sources, report, encoding=options.encoding):
+            yield batch
             progress.advance(report.bytes_read - progress.done)
         progress.advance(total - progress.done)
 
@@ -76,8 +76,8 @@ class Survey:
 
     def run(self, workers: Sequence[Judge | Chooser], splitter: Splitter | None) -> None:
         """Show all rows to those who decide about them; DataError for bad rows that are not to be skipped."""
-        rows = rows_with_progress("looking at rows", self._sources, self._options, self.report)
-        for chunk in chunks_of(rows, first=0, chunk_rows=ROWS_AT_ONCE):
+        batches = batches_with_progress("looking at rows", self._sources, self._options, self.report)
+        for chunk in chunks_of(batches, chunk_rows=ROWS_AT_ONCE):
             good = self._noted(chunk)
             for number, worker in enumerate(workers):
                 if isinstance(worker, Chooser):
