@@ -1,9 +1,9 @@
 """What a conversion can be told, the same for both directions."""
 
-import os
 from dataclasses import dataclass
 
 from toolkits.foundation.errors import UsageError
+from toolkits.foundation.process import usable_cores
 
 from .layout import dtype_named
 
@@ -31,7 +31,7 @@ class Options:
     @property
     def num_workers(self) -> int:
         """The number of threads."""
-        return self.workers or min(len(os.sched_getaffinity(0)), 8)
+        return self.workers or min(usable_cores(), 8)
 
     def facts(self) -> dict[str, object]:
         """Return what of them decides the bytes of the output, or whether they were compared."""

@@ -56,8 +56,8 @@ class BuildOptions:
     train_on: TrainOn = "all"  # which answers of conversations
     columns: tuple[tuple[str, str], ...] = ()  # (our name, the rows' name) of a key
     encoder: EncoderName = "auto"  # changes the speed, never the result, as the three below
-    workers: int = 1  # processes; with one, the encoder's own threads work beside Python
-    chunk_rows: int = 2048  # rows that the encoder gets at once: more need more memory
+    workers: int = 1  # processes; with one, threads of the encoder work beside Python
+    chunk_rows: int = 2048  # rows that the encoder gets at once, at most: more need more memory
     save_seconds: float = 10.0  # between two points from which a killed build can go on
 
 

@@ -11,10 +11,10 @@ import ctypes
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import random
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -24,6 +24,7 @@ import numpy as np
 import orjson
 
 from toolkits.foundation.errors import MachineError
+from toolkits.foundation.process import usable_cores
 
 from .kept import kept
 from .tokenizer import KEPT_FROM, LoadedTokenizer
@@ -32,6 +33,7 @@ EncoderName = Literal["auto", "fastokens", "tokenizers"]
 Flat = tuple[np.ndarray, np.ndarray]  # ids [tokens], and where each text's begin and the last ones end [texts + 1]
 
 CODE = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()  # what is kept of an encoder follows from it too
+TOKENIZERS_THREADS, FASTOKENS_THREADS = "RAYON_NUM_THREADS", "FASTOKENS_BPE_THREADS"  # how many each may take
 RANDOM_TEXTS = 4000
 VOCABULARY_AT_ONCE = 40  # tokens of the vocabulary in one text of the proof
 # First and last code points of the scripts that the texts at random are of.
@@ -54,7 +56,7 @@ class FlatEncoder(Protocol):
 
     @property
     def is_ready(self) -> bool:
-        """Whether `encode` would not wait for an encoder that is still being built."""
+        """Whether what `encode` encodes with is built; the first call builds it, in seconds."""
         ...
 
     def encode(self, texts: Sequence[str]) -> Flat:
@@ -65,7 +67,7 @@ class TokenizersEncoder:
     """The `tokenizers` library."""
 
     name = "tokenizers"
-    is_ready = True  # it is built by who first asks for it
+    is_ready = True  # the tokenizer's own is built by who first asks for it
 
     def __init__(self, tokenizer: LoadedTokenizer) -> None:
         self._tokenizer = tokenizer
@@ -82,19 +84,17 @@ class FastokensEncoder:
     name = "fastokens"
 
     def __init__(self, tokenizer: LoadedTokenizer) -> None:
-        thread = ThreadPoolExecutor(1)
-        self._built = thread.submit(_fastokens, tokenizer)  # beside whatever Python does meanwhile
-        thread.shutdown(wait=False)
+        self._tokenizer = tokenizer
 
     @cached_property
     def _encoder(self) -> Any:
-        built = self._built.result()
+        built = _fastokens(self._tokenizer)
         return_memory()
         return built
 
     @property
     def is_ready(self) -> bool:
-        return self._built.done()
+        return "_encoder" in vars(self)
 
     def encode(self, texts: Sequence[str]) -> Flat:
         ids, bounds = self._encoder.encode_batch_flat(list(texts), add_special_tokens=False)
@@ -122,7 +122,12 @@ def _fastokens(tokenizer: LoadedTokenizer) -> Any:
     size = len(tokenizer.as_json) if tokenizer.as_json else file.stat().st_size
     spelled = find_out() if size < KEPT_FROM else kept("fastokens", [tokenizer.identity, CODE], find_out)
     built = Tokenizer.from_json_str(spelled.decode())
-    built.encode_batch_flat(["a", "b"])  # what it puts off until it is used
+    # It counts its threads when it is first used. One core is left to Python.
+    told = os.environ.get(FASTOKENS_THREADS)
+    os.environ[FASTOKENS_THREADS] = told or str(max(1, usable_cores() - 1))
+    built.encode_batch_flat(["a", "b"])
+    if told is None:
+        del os.environ[FASTOKENS_THREADS]  # nobody else's, least of all of the processes that this one starts
     return built
 
 

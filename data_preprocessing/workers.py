@@ -10,12 +10,13 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 from toolkits.foundation.errors import DataError, TemperError, describe
+from toolkits.foundation.process import usable_cores
 
 from .chunks import BuildOptions, Chunk, ChunkWork, Finished, Prepared
 from .dataset import Kind
-from .encoders import Flat
+from .encoders import FASTOKENS_THREADS, TOKENIZERS_THREADS, Flat
 
-WAITING = 3  # chunks that are encoded, or wait for that
+WAITING = 3  # chunks that are being encoded, or wait for that
 AHEAD = 16_000_000  # characters of texts that wait for an encoder which is still being built
 
 
@@ -40,18 +41,21 @@ def _in_this_process(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finis
             if chunk is None:
                 break
             encoding.add(work.prepare(chunk))
-            yield from encoding.done()
-        yield from encoding.rest()
+            yield from encoding.finished()
+        yield from encoding.finished(all_of_it=True)
     if fault is not None:
         raise fault
 
 
 class _Encoding:
-    """Prepared chunks on their way through the encoder, in order."""
+    """Prepared chunks on their way through the encoder, in order.
+
+    Its thread builds the encoder first. Encoding needs no Python, so both threads work at once; what holds the lock
+    of Python, all else, stays in one of them, or they would wait for each other.
+    """
 
     def __init__(self, work: ChunkWork) -> None:
-        self._work = work
-        self._thread = ThreadPoolExecutor(1)
+        self._work, self._thread = work, ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Prepared, Future[Flat]]] = deque()
 
     def __enter__(self) -> "_Encoding":
@@ -64,39 +68,29 @@ class _Encoding:
         """Have a chunk encoded."""
         self._waiting.append((prepared, self._thread.submit(self._work.encode, prepared)))
 
-    def done(self) -> Iterator[Finished]:
-        """Yield what is finished; this thread encodes too when too much waits."""
-        if len(self._waiting) > WAITING and self._work.encoder.is_ready:
+    def finished(self, *, all_of_it: bool = False) -> Iterator[Finished]:
+        """Yield what is encoded, and of the rest what is too much to wait, or `all_of_it`."""
+        while self._waiting and (all_of_it or self._waiting[0][1].done() or self._is_too_much):
             self._help()
-        while self._waiting and (self._waiting[0][1].done() or self._is_too_much):
-            yield self._finished()
-
-    def rest(self) -> Iterator[Finished]:
-        """Yield all that is left."""
-        while self._waiting:
-            self._help()
-            yield self._finished()
+            prepared, encoded = self._waiting.popleft()
+            yield self._work.finish(prepared, encoded.result())
 
     @property
     def _is_too_much(self) -> bool:
         if self._work.encoder.is_ready:
             return len(self._waiting) > WAITING
-        return sum(len(text) for prepared, _ in self._waiting for text in prepared.rendered.texts) > AHEAD
-
-    def _finished(self) -> Finished:
-        prepared, encoded = self._waiting.popleft()
-        return self._work.finish(prepared, encoded.result())
+        return sum(sum(map(len, prepared.rendered.texts)) for prepared, _ in self._waiting) > AHEAD
 
     def _help(self) -> None:
-        """Encode the last chunk that nobody has begun to encode, if the first one is not done meanwhile."""
-        if self._waiting[0][1].done():
+        """Encode the last chunk that the thread has not begun to, unless the first one is there already."""
+        if self._waiting[0][1].done() or not self._work.encoder.is_ready:
             return
         for place in reversed(range(len(self._waiting))):
             prepared, encoded = self._waiting[place]
             if encoded.cancel():
-                mine: Future[Flat] = Future()
-                mine.set_result(self._work.encode(prepared))
-                self._waiting[place] = (prepared, mine)
+                here: Future[Flat] = Future()
+                here.set_result(self._work.encode(prepared))
+                self._waiting[place] = (prepared, here)
                 return
 
 
@@ -129,7 +123,7 @@ class _Worker:
         # Not forked: the encoders' threads do not survive that.
         context = get_context("spawn")
         self._pipe, theirs = context.Pipe()
-        threads = max(1, (os.cpu_count() or 1) // options.workers)
+        threads = max(1, usable_cores() // options.workers)
         words = (theirs, kind, tokenizer, options, threads)
         self._process = context.Process(target=_serve, args=words, name=f"worker {number}", daemon=True)
         self._process.start()
@@ -172,7 +166,8 @@ class _Worker:
 def _serve(pipe: Connection, kind: Kind, tokenizer: Path, options: BuildOptions, threads: int) -> None:
     """Work on chunks until nobody sends any."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the first process's to answer
-    os.environ.setdefault("RAYON_NUM_THREADS", str(threads))
+    for name in (TOKENIZERS_THREADS, FASTOKENS_THREADS):
+        os.environ.setdefault(name, str(threads))
     work = None
     while True:
         try:

@@ -1,4 +1,4 @@
-"""Which process is meant: its number alone is given to another one later."""
+"""Which process is meant, whose number alone is given to another one later; and what this one may use."""
 
 import os
 import socket
@@ -28,6 +28,11 @@ class Process:
         """Whether it still runs; only to be asked when it is here."""
         found = _start_of(self.pid)
         return found is not None and found == self.started
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may run on; where the system does not tell, that of all."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def this_process() -> Process:

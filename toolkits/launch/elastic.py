@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..foundation.errors import InterruptedRun
+from ..foundation.process import usable_cores
 from .nodes import Nodes
 from .rank import ERROR_DIRECTORY, LAUNCHER_PID, error_file
 from .ranks import quieten_torch
@@ -77,7 +78,7 @@ def start_ranks(
 
 
 def _environment(ranks: int, errors: str) -> dict[str, str]:
-    cores = len(os.sched_getaffinity(0))
+    cores = usable_cores()
     return {
         # Read when CUDA starts: one queue, so that a collective overlaps with the matrix product behind it.
         "CUDA_DEVICE_MAX_CONNECTIONS": os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS", "1"),
