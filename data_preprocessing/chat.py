@@ -94,7 +94,7 @@ class ChatEncoder(SampleEncoder):
             except UnicodeEncodeError:
                 return False
         for part in filled:
-            rows.extend(*part)
+            rows.extend_alike(*part)
         return True
 
     def render_prompt(self, conversation: Conversation) -> Rendered:

@@ -26,6 +26,7 @@ from .row_error import RowError
 from .samples import Samples
 from .text import TextEncoder
 
+MISSES = 4  # rows one behind the other that are not plain, after which no other one of their block is tried
 ROWS_AT_ONCE = 128  # that are parsed and rendered together: what they say stays in a core's cache
 
 KIND_OF: Mapping[type, Kind] = {
@@ -115,6 +116,7 @@ class ChunkWork:
     def __init__(self, kind: Kind, tokenizer: Path, options: BuildOptions) -> None:
         self.kind, self.options, self._is_single = kind, options, kind in ("conversations", "text")
         self._may_be_plain = kind == "conversations" and not options.columns and not self.wants_records
+        self._together = ROWS_AT_ONCE if self._may_be_plain else 1  # rows that are tried: the more, the more are plain
         self.encoder: ChatEncoder | TextEncoder
         if kind == "text":
             self.encoder = TextEncoder(tokenizer, encoder=options.encoder, end_token=options.end_token)
@@ -144,39 +146,45 @@ class ChunkWork:
 
     def _prepare(self, done: Prepared, first: int, values: list[Any]) -> None:
         """Check and render `values`, those of the rows from `first` on, as many at once as are plain."""
-        if self._may_be_plain:
-            turns = plain_conversations(values)
-            if turns and self._render_plain(turns, done.rendered):
-                done.layouts[turns.layout] += len(values)
-                done.groups += range(first, first + len(values))
-                return
-            if len(values) > 1:
-                half = len(values) // 2
-                self._prepare(done, first, values[:half])
-                self._prepare(done, first + half, values[half:])
-                return
-        for index, value in enumerate(values, first):
-            self._prepare_one(done, index, value)
+        start = misses = 0
+        while start < len(values):
+            together = values[start : start + self._together]
+            if misses < MISSES and self._prepare_plain(done, first + start, together):
+                self._together, misses = min(2 * self._together, ROWS_AT_ONCE), 0
+            elif len(together) > 1:
+                self._together = len(together) // 2
+                continue
+            else:
+                self._prepare_one(done, first + start, values[start])
+                misses += 1
+            start += len(together)
+
+    def _prepare_plain(self, done: Prepared, first: int, values: list[Any]) -> bool:
+        """Render rows that are all plain; False when one is not."""
+        turns = plain_conversations(values) if self._may_be_plain else None
+        if turns is None or not self._render_plain(turns, done.rendered):
+            return False
+        done.layouts[turns.layout] += len(values)
+        done.groups += range(first, first + len(values))
+        return True
 
     def _prepare_one(self, done: Prepared, index: int, value: Any) -> None:
-        row = done.chunk.rows[index]
         try:
             if isinstance(value, RowError):
                 raise value
-            found = self.record(row, value)
+            found = self.record(index, value)
             rendered, about = self._render(found)
         except RowError as error:
             done.rejects.append((index, error))
             return
-        for one in rendered:
-            done.rendered.append(one)
+        done.rendered.extend(rendered)
         done.layouts[found.layout] += 1
         done.groups.append(index)
         if about:
             done.about.append(about)
 
-    def record(self, row: Row, value: Any) -> Record:
-        """Return the record of a row's JSON value; RowError when it is none, or of another kind."""
+    def record(self, index: int, value: Any) -> Record:
+        """Return the record of the JSON value of a chunk's row `index`; RowError for none, or one of another kind."""
         found = record(value, merge_consecutive=self.options.merge_consecutive, columns=self.options.columns)
         kind = KIND_OF[type(found)]
         if kind != self.kind:

@@ -31,7 +31,8 @@ LAYOUTS = {
 }
 ROLE_KEYS, TEXT_KEYS = ("role", "from"), ("content", "value")
 LOSS_KEYS = ("loss", "weight")
-NOTHING_BESIDE = {"tools": (None, "", []), "system": (None, "")}  # values that add nothing to the turns
+NOTHING_BESIDE = {"tools": (None, "", []), "system": (None, ""), "history": (None, [])}  # add nothing to the turns
+PAIR = ("user", "assistant")
 
 
 def messages_of(layout: str, row: dict[str, Any]) -> list[Message]:
@@ -52,25 +53,44 @@ def plain_turns(rows: Sequence[dict[str, Any]], keys: Set[str]) -> PlainTurns | 
 
     `keys` are those of all rows. A thing is looked at in all rows at once: that takes a fraction of the time.
     """
-    layout, key = ("messages", "messages") if "messages" in rows[0] else ("sharegpt", "conversations")
-    if key == "conversations" and "messages" in keys:
-        return None
+    layout = next((name for name, wanted in LAYOUTS.items() if not keys.isdisjoint(wanted)), None)
     for name, empty in NOTHING_BESIDE.items():
         if name in keys and any(row.get(name) not in empty for row in rows):
             return None
     try:
-        turns = list(map(itemgetter(key), rows))
-        every = list(chain.from_iterable(turns))
-        role, text = ("role", "content") if "role" in every[0] else ("from", "value")
-        said, contents = list(map(itemgetter(role), every)), list(map(itemgetter(text), every))
-        if set(map(len, every)) != {2} or not _are_plain(contents):
-            return None
-        borders = pairwise(accumulate(map(len, turns), initial=0))
-        roles = [good_roles(tuple(said[first:past])) for first, past in borders]
+        if layout in ("messages", "sharegpt"):
+            return _plain_lists(layout, rows)
+        return _plain_pairs(layout, rows, keys) if layout else None
     except (KeyError, TypeError, IndexError):  # something else stands where a list, an object or a text should
         return None
+
+
+def _plain_lists(layout: str, rows: Sequence[dict[str, Any]]) -> PlainTurns | None:
+    turns = list(map(itemgetter(*LAYOUTS[layout]), rows))
+    every = list(chain.from_iterable(turns))
+    if set(map(len, every)) != {2}:
+        return None
+    role, text = ("role", "content") if "role" in every[0] else ("from", "value")
+    said, contents = list(map(itemgetter(role), every)), list(map(itemgetter(text), every))
+    if not _are_plain(contents):
+        return None
+    borders = pairwise(accumulate(map(len, turns), initial=0))
+    roles = [good_roles(tuple(said[first:past])) for first, past in borders]
     known = [one for one in roles if one]
     return PlainTurns(layout, known, contents) if len(known) == len(roles) else None
+
+
+def _plain_pairs(layout: str, rows: Sequence[dict[str, Any]], keys: Set[str]) -> PlainTurns | None:
+    asked, answered = ("instruction", "output") if layout == "alpaca" else LAYOUTS["completion"]
+    questions, answers = list(map(itemgetter(asked), rows)), list(map(itemgetter(answered), rows))
+    if layout == "alpaca" and "input" in keys:
+        inputs = [row.get("input") for row in rows]
+        if set(map(type, questions)) != {str} or not set(map(type, inputs)) <= {str, type(None)}:
+            return None
+        both = zip(questions, inputs, strict=True)
+        questions = [f"{one}\n{other}" if one and other else one or other for one, other in both]
+    contents = list(chain.from_iterable(zip(questions, answers, strict=True)))
+    return PlainTurns(layout, [PAIR] * len(rows), contents) if _are_plain(contents) else None
 
 
 def _are_plain(contents: Sequence[Any]) -> bool:

@@ -115,7 +115,8 @@ def flat_mask(
     `lengths` are the bytes of each token of the vocabulary. A token is trained when a byte of it lies in a span.
     """
     # In 32 bits where they hold the sum, and in place: memory that is new for every chunk costs more than the sums.
-    ends = np.zeros(len(ids) + 1, np.int32 if len(ids) * int(lengths.max()) < MAX_INT32 else np.int64)
+    ends = np.empty(len(ids) + 1, np.int32 if len(ids) * int(lengths.max()) < MAX_INT32 else np.int64)
+    ends[0] = 0
     np.take(lengths.astype(ends.dtype, copy=False), ids, out=ends[1:], mode="clip")  # others copy; no id is outside
     np.cumsum(ends[1:], out=ends[1:])
     first_byte = ends[bounds]

@@ -37,22 +37,23 @@ class RenderedRows:
         self.runs: list[Run] = []
         self.sizes: list[int] = []
         self.hidden: dict[int, Rendered] = {}
-        for row in rows:
-            self.append(row)
+        self.extend(rows)
 
     def __len__(self) -> int:
         return len(self.texts)
 
-    def append(self, row: Rendered) -> None:
-        """Add a row."""
-        if row.num_control_texts:
-            self.hidden[len(self.texts)] = row
-            self.extend(NOTHING, [""], [])
-        else:
-            frame = Frame.around(row.text, row.spans, row.marks, row.num_control_tokens)
-            self.extend(frame, [row.text], [])
+    def extend(self, rows: Iterable[Rendered]) -> None:
+        """Add rows that have nothing in common."""
+        for row in rows:
+            if row.num_control_texts:
+                self.hidden[len(self.texts)] = row
+                self.texts.append("")
+                self.runs.append((NOTHING, 1))
+            else:
+                self.texts.append(row.text)
+                self.runs.append((Frame.around(row.text, row.spans, row.marks, row.num_control_tokens), 1))
 
-    def extend(self, frame: Frame, texts: Sequence[str], sizes: Sequence[int]) -> None:
+    def extend_alike(self, frame: Frame, texts: Sequence[str], sizes: Sequence[int]) -> None:
         """Add rows of one frame whose contents have `sizes`."""
         self.texts += texts
         self.sizes += sizes

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate, chain, repeat, zip_longest
+from itertools import accumulate, chain, repeat
 from typing import NamedTuple
 
 from .masks import Frame, Span
@@ -60,9 +60,8 @@ class Shape:
     def fill(self, contents: Sequence[str], num_control_texts: int) -> Rendered:
         """Return the conversation with these contents."""
         parts = [slot.cut(contents[slot.turn]) for slot in self.slots]
-        text = "".join(chain.from_iterable(zip_longest(self.literals, parts, fillvalue="")))
         spans = _placed(self.spans, map(len, parts))
-        return Rendered(text, spans, self.num_control_tokens, num_control_texts, self.marks)
+        return Rendered(self._text(parts), spans, self.num_control_tokens, num_control_texts, self.marks)
 
     def fill_all(self, contents: Sequence[str], num_turns: int) -> tuple[list[str], list[int]]:
         """Return conversations without control text, and the UTF-8 bytes of what fills the slots of each.
@@ -70,11 +69,17 @@ class Shape:
         `contents` [conversations x num_turns]. UnicodeEncodeError where one cannot be encoded.
         """
         columns = [slot.cut_all(contents[slot.turn :: num_turns]) for slot in self.slots]
-        literals = [repeat(literal, len(contents) // num_turns) for literal in self.literals]
-        pieces = [piece for pair in zip(literals, columns, strict=False) for piece in pair]
-        texts = list(map("".join, zip(*pieces, literals[-1], strict=True)))
-        parts = contents if self._takes_all else chain.from_iterable(zip(*columns, strict=True))
+        parts = contents if self._takes_all else list(chain.from_iterable(zip(*columns, strict=True)))
+        if len(contents) == num_turns:
+            texts = [self._text(parts)]
+        else:
+            literals = [repeat(literal, len(contents) // num_turns) for literal in self.literals]
+            pieces = chain.from_iterable(zip(literals, columns, strict=False))
+            texts = list(map("".join, zip(*pieces, literals[-1], strict=True)))
         return texts, [len(part) if part.isascii() else len(part.encode()) for part in parts]
+
+    def _text(self, parts: Sequence[str]) -> str:
+        return "".join([*chain.from_iterable(zip(self.literals, parts, strict=False)), self.literals[-1]])
 
     @cached_property
     def _takes_all(self) -> bool:

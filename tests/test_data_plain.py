@@ -53,6 +53,19 @@ def odd_rows(count):
             key = draw.choice(list(beside))
             row = {key: beside[key], **row}
         rows.append(row)
+    for _ in range(count // 2):
+        text = lambda: draw.choice(["", " ", "a\0b", "<|im_end|>", "\ud800", 5, None, [], *PIECES])  # noqa: E731
+        row = (
+            {"instruction": text(), "output": text()} if draw.random() < 0.7 else {"prompt": "q", "completion": text()}
+        )
+        beside = {
+            "input": text(),
+            "history": draw.choice([None, [], "", [["q", "a"]]]),
+            "system": text(),
+            "prompt": "p",
+        }
+        rows.append(row | {key: beside[key] for key in draw.choices(list(beside), k=draw.randint(0, 2))})
+    rows += [{"instruction": "", "input": "i", "output": "o"}, {"instruction": "q", "input": 0, "output": "o"}]
     return [*rows, [], 7, {}, {"messages": {}}, {"messages": [3]}, {"messages": [{"role": "user"}]}, {"messages": []}]
 
 
@@ -95,9 +108,9 @@ def test_most_rows_take_the_short_way_and_no_other_does():
 
 def test_rows_are_plain_together_when_each_of_them_is():
     rows = [value for value in [*fuzzed_rows(100), *odd_rows(300)] if plain_conversations([value])]
-    for layout in ("messages", "sharegpt"):
+    for layout, (*_, key) in LAYOUTS.items():
         alike = [value for value in rows if plain_conversations([value]).layout == layout]
-        alike = [value for value in alike if "role" in next(iter(value[LAYOUTS[layout][0]]))]
+        alike = [value for value in alike if type(value[key]) is str or "role" in value[key][0]]
         found, alone = plain_conversations(alike), [plain_conversations([value]) for value in alike]
         assert len(alike) >= 10 and found.layout == layout
         assert found.roles == [one.roles[0] for one in alone]

@@ -100,28 +100,26 @@ class _Work(ChunkWork):
     def __init__(self, kind: Kind, tokenizer: Path, options: BuildOptions, places: Places) -> None:
         super().__init__(kind, tokenizer, options)
         self._places = places
-        self._found: list[tuple[Row, Record]] = []
+        self._found: list[tuple[int, Record]] = []
 
-    def record(self, row: Row, value: Any) -> Record:
-        found = super().record(row, value)
-        self._found.append((row, found))
+    def record(self, index: int, value: Any) -> Record:
+        found = super().record(index, value)
+        self._found.append((index, found))
         return found
 
     def block(self, chunk: Chunk) -> Block:
         """Return the chunk's rows as the checks see them."""
-        numbers = {_place(row): self._places.add(row.source, row.line) for row in chunk.rows}
+        rows = chunk.rows
+        numbers = [self._places.add(rows.source, line) for line in rows.lines]
         self._found = []
         done = self(chunk)
-        bad = {_place(row): error for row, error in done.rejects}
-        entries = [entry_of(numbers[_place(row)], record) for row, record in self._found if _place(row) not in bad]
-        wrong = [(numbers[place], error) for place, error in bad.items()]
+        # In a JSON list several rows may begin on a line.
+        index_of = {place: index for index, place in enumerate(zip(rows.lines, rows.offsets, strict=True))}
+        bad = {index_of[row.line, row.offset]: error for row, error in done.rejects}
+        entries = [entry_of(numbers[index], record) for index, record in self._found if index not in bad]
+        wrong = [(numbers[index], error) for index, error in bad.items()]
         counts = (done.control_texts, done.rows_with_control_text)
         return Block(entries, done.tokens, (done.mask != 0).view(np.uint8), done.lengths, wrong, *counts)
-
-
-def _place(row: Row) -> tuple[int, int]:
-    """Return what tells a row from all others of its file: in a JSON list several may begin on a line."""
-    return row.line, row.offset
 
 
 class DatasetStream:
