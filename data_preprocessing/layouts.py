@@ -53,19 +53,17 @@ def plain_turns(rows: Sequence[dict[str, Any]], keys: Set[str]) -> PlainTurns | 
 
     `keys` are those of all rows. A thing is looked at in all rows at once: that takes a fraction of the time.
     """
-    layout = next((name for name, wanted in LAYOUTS.items() if not keys.isdisjoint(wanted)), None)
+    layout = next((name for name, wanted in LAYOUTS.items() if not keys.isdisjoint(wanted)), "")
     for name, empty in NOTHING_BESIDE.items():
         if name in keys and any(row.get(name) not in empty for row in rows):
             return None
     try:
-        if layout in ("messages", "sharegpt"):
-            return _plain_lists(layout, rows)
-        return _plain_pairs(layout, rows, keys) if layout else None
+        return PLAIN[layout](layout, rows, keys) if layout in PLAIN else None
     except (KeyError, TypeError, IndexError):  # something else stands where a list, an object or a text should
         return None
 
 
-def _plain_lists(layout: str, rows: Sequence[dict[str, Any]]) -> PlainTurns | None:
+def _plain_lists(layout: str, rows: Sequence[dict[str, Any]], keys: Set[str]) -> PlainTurns | None:
     turns = list(map(itemgetter(*LAYOUTS[layout]), rows))
     every = list(chain.from_iterable(turns))
     if set(map(len, every)) != {2}:
@@ -81,7 +79,7 @@ def _plain_lists(layout: str, rows: Sequence[dict[str, Any]]) -> PlainTurns | No
 
 
 def _plain_pairs(layout: str, rows: Sequence[dict[str, Any]], keys: Set[str]) -> PlainTurns | None:
-    asked, answered = ("instruction", "output") if layout == "alpaca" else LAYOUTS["completion"]
+    asked, answered = ("instruction", "output") if layout == "alpaca" else ("prompt", "completion")
     questions, answers = list(map(itemgetter(asked), rows)), list(map(itemgetter(answered), rows))
     if layout == "alpaca" and "input" in keys:
         inputs = [row.get("input") for row in rows]
@@ -91,6 +89,9 @@ def _plain_pairs(layout: str, rows: Sequence[dict[str, Any]], keys: Set[str]) ->
         questions = [f"{one}\n{other}" if one and other else one or other for one, other in both]
     contents = list(chain.from_iterable(zip(questions, answers, strict=True)))
     return PlainTurns(layout, [PAIR] * len(rows), contents) if _are_plain(contents) else None
+
+
+PLAIN = {"messages": _plain_lists, "sharegpt": _plain_lists, "alpaca": _plain_pairs, "completion": _plain_pairs}
 
 
 def _are_plain(contents: Sequence[Any]) -> bool:

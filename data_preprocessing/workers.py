@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,7 @@ from .dataset import Kind
 from .encoders import FASTOKENS_THREADS, TOKENIZERS_THREADS, Flat
 
 WAITING = 3  # chunks that are being encoded, or wait for that
+LOCK_SECONDS = 0.0005  # after which one thread lets the other have Python's lock; 0.005 is a fifth of a chunk's time
 AHEAD = 16_000_000  # characters of texts that wait for an encoder which is still being built
 
 
@@ -50,8 +52,8 @@ def _in_this_process(chunks: Iterator[Chunk], work: ChunkWork) -> Iterator[Finis
 class _Encoding:
     """Prepared chunks on their way through the encoder, in order.
 
-    Its thread builds the encoder first. Encoding needs no Python, so both threads work at once; what holds the lock
-    of Python, all else, stays in one of them, or they would wait for each other.
+    Its thread builds the encoder first. Encoding needs Python's lock when it begins and when it ends, so both threads
+    work at once; all else stays in one of them, or they would wait for each other.
     """
 
     def __init__(self, work: ChunkWork) -> None:
@@ -59,10 +61,13 @@ class _Encoding:
         self._waiting: deque[tuple[Prepared, Future[Flat]]] = deque()
 
     def __enter__(self) -> "_Encoding":
+        self._seconds = sys.getswitchinterval()
+        sys.setswitchinterval(min(self._seconds, LOCK_SECONDS))
         return self
 
     def __exit__(self, *_: object) -> None:
         self._thread.shutdown(cancel_futures=True)
+        sys.setswitchinterval(self._seconds)
 
     def add(self, prepared: Prepared) -> None:
         """Have a chunk encoded."""
