@@ -20,9 +20,10 @@ from toolkits.foundation.publish import publish_files
 
 from .chunks import KIND_OF, BuildOptions, ChunkWork, Finished, chunks_of, read_record
 from .dataset import ABOUT_SUFFIX, Kind, document_prefix, file_suffixes, sibling
-from .reading import STDIN, ReadReport, Rows, find_inputs, read_batches
+from .reading import ReadReport, find_inputs, read_batches
 from .rejects import Rejects, rejects_path
 from .row_error import RowError
+from .rows import STDIN, Rows
 from .unfinished import Unfinished
 from .workers import finished_chunks
 from .writer import DatasetWriter, toolkit_version

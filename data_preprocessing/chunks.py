@@ -1,7 +1,7 @@
 """A chunk of rows -> tokens and masks: what a build does to each chunk, in whatever process.
 
 prepare    JSON -> records -> rendered texts (Python)
-encode     texts -> ids (no Python: the one part that another thread may do)
+encode     texts -> ids (the encoder's own code: the one part that another thread may do)
 finish     ids -> tokens and masks (arrays)
 """
 
@@ -9,6 +9,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,10 +21,10 @@ from toolkits.foundation.errors import UsageError
 from .chat import ChatEncoder, TrainOn
 from .dataset import Kind
 from .encoders import EncoderName, Flat
-from .reading import Row, Rows, parse_row, parse_rows
 from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversations, record
 from .rendered import Rendered, RenderedRows
 from .row_error import RowError
+from .rows import Row, Rows, parse_row, parse_rows
 from .samples import Samples
 from .text import TextEncoder
 
@@ -82,6 +84,11 @@ class Prepared:
     about: list[bytes] = field(default_factory=list)
     rejects: list[tuple[int, RowError]] = field(default_factory=list)
     layouts: Counter[str] = field(default_factory=Counter)
+
+    @cached_property
+    def num_characters(self) -> int:
+        """The characters of the rendered texts; to be asked when they are complete."""
+        return sum(map(len, self.rendered.texts))
 
 
 @dataclass(frozen=True)
@@ -201,7 +208,9 @@ class ChunkWork:
         samples = self.encoder.samples(done.rendered, flat)
         size = 2 if self.kind == "preferences" else 1
         samples, failed = _without_failed_groups(samples, size)
-        rejects = sorted(done.rejects + [(done.groups[group], error) for group, error in failed.items()], key=_place)
+        rejects = sorted(
+            done.rejects + [(done.groups[group], error) for group, error in failed.items()], key=itemgetter(0)
+        )
         rows = done.chunk.rows
         about = b"".join([line for group, line in enumerate(done.about) if group not in failed])
         hidden = [row.num_control_texts for row in done.rendered.hidden.values()]
@@ -253,10 +262,6 @@ def read_record(row: Row, options: BuildOptions) -> Record:
     """Return the record of a row, whatever its kind."""
     value = parse_row(row, encoding=options.encoding)
     return record(value, merge_consecutive=options.merge_consecutive, columns=options.columns)
-
-
-def _place(reject: tuple[int, RowError]) -> int:
-    return reject[0]
 
 
 def _line(value: dict[str, Any]) -> bytes:

@@ -67,10 +67,13 @@ class TokenizersEncoder:
     """The `tokenizers` library."""
 
     name = "tokenizers"
-    is_ready = True  # the tokenizer's own is built by who first asks for it
 
     def __init__(self, tokenizer: LoadedTokenizer) -> None:
         self._tokenizer = tokenizer
+
+    @property
+    def is_ready(self) -> bool:
+        return "encoder" in vars(self._tokenizer)
 
     def encode(self, texts: Sequence[str]) -> Flat:
         rows = [found.ids for found in self._tokenizer.encoder.encode_batch_fast(texts, add_special_tokens=False)]

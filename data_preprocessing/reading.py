@@ -14,71 +14,26 @@ import re
 import sys
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from itertools import accumulate, chain, islice, repeat
+from itertools import accumulate, chain, repeat
 from pathlib import Path
-from typing import IO, Any, NamedTuple, overload
-
-import orjson
+from typing import IO, Any, TypeVar
 
 from toolkits.foundation.errors import DataError, MachineError, UsageError
 
-from .row_error import RowError
+from .rows import STDIN, Row, Rows, clipped, encoding_fault, syntax_fault
 
-STDIN = Path("-")
 UTF8_MARK = b"\xef\xbb\xbf"
 UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 GZIP_MARK, ZSTD_MARK, PARQUET_MARK = b"\x1f\x8b", b"\x28\xb5\x2f\xfd", b"PAR1"
 SEPARATORS = {".csv": ",", ".tsv": "\t"}
-CLIP = 120  # characters of a bad line that an error shows
 BYTES_AT_ONCE = 1 << 18  # that are read from a file
-BATCH_BYTES, BATCH_ROWS = 1 << 20, 256  # lines, and rows that are values already, that are handed on together
+BATCH_BYTES = 1 << 20  # of rows that are handed on together
 
+Item = TypeVar("Item")
 _BLANK = re.compile(r"[ \t\r\n]*")
-
-
-class Row(NamedTuple):
-    """One record as it stands in its file.
-
-    `data` is the line's bytes (JSONL) or the value itself, `line` the number of the line it starts on (of the row,
-    in Parquet), `offset` that line's place in the file in bytes.
-    """
-
-    line: int
-    data: Any
-    offset: int = 0
-    source: Path = STDIN
-
-
-@dataclass(frozen=True)
-class Rows(Sequence[Row]):
-    """Rows of a file, in columns; see `Row`."""
-
-    data: Sequence[Any]
-    lines: Sequence[int]
-    offsets: Sequence[int]
-    source: Path = STDIN
-
-    @classmethod
-    def of(cls, rows: Sequence[Row]) -> "Rows":
-        """Return rows of one file in columns."""
-        lines, data, offsets, sources = zip(*rows, strict=True)
-        return cls(data, lines, offsets, sources[0])
-
-    def __len__(self) -> int:
-        return len(self.data)
-
-    @overload
-    def __getitem__(self, place: int) -> Row: ...
-    @overload
-    def __getitem__(self, place: slice) -> "Rows": ...
-    def __getitem__(self, place: int | slice) -> "Row | Rows":
-        data, line, offset = self.data[place], self.lines[place], self.offsets[place]
-        if isinstance(place, slice):
-            return Rows(data, line, offset, self.source)  # type: ignore[arg-type]  # slices, all three
-        return Row(line, data, offset, self.source)  # type: ignore[arg-type]  # numbers
 
 
 @dataclass
@@ -148,8 +103,7 @@ def _batches(path: Path, report: ReadReport, encoding: str) -> Iterator[Rows]:
         try:
             for batch in _unpacked_batches(path, file, report, encoding, packing):
                 if seekable:
-                    offset = batch.offsets[-1]
-                    report.bytes_read = before + (offset if offset and not packing else raw.tell())
+                    report.bytes_read = before + raw.tell()
                 yield batch
         except (EOFError, gzip.BadGzipFile, zlib.error, OSError) as error:
             if not packing:
@@ -200,7 +154,7 @@ def _unpacked_batches(path: Path, file: Any, report: ReadReport, encoding: str, 
 
 def _line_batches(path: Path, file: IO[bytes], report: ReadReport, *, behind: int) -> Iterator[Rows]:
     number = 1
-    while lines := file.readlines(BATCH_BYTES):
+    for lines in _gathered(file, len):
         # Bytes are counted, because a pipe cannot tell its place.
         *offsets, behind = accumulate(map(len, lines), initial=behind)
         batch = Rows(lines, range(number, number + len(lines)), offsets, path)
@@ -218,8 +172,26 @@ def _line_batches(path: Path, file: IO[bytes], report: ReadReport, *, behind: in
 
 
 def _batched(rows: Iterator[Row]) -> Iterator[Rows]:
-    while batch := list(islice(rows, BATCH_ROWS)):
-        yield Rows.of(batch)
+    return map(Rows.of, _gathered(rows, lambda row: len(str(row.data))))
+
+
+def _gathered(items: Iterable[Item], size_of: Callable[[Item], int]) -> Iterator[list[Item]]:
+    """Yield items, some at once; those in front of a fault before it is raised."""
+    gathered: list[Item] = []
+    size, fault = 0, None
+    try:
+        for item in items:
+            gathered.append(item)
+            size += size_of(item)
+            if size >= BATCH_BYTES:
+                yield gathered
+                gathered, size = [], 0
+    except Exception as error:
+        fault = error
+    if gathered:
+        yield gathered
+    if fault is not None:
+        raise fault
 
 
 def _csv_rows(path: Path, file: Any, encoding: str, separator: str) -> Iterator[Row]:
@@ -239,7 +211,7 @@ def _csv_rows(path: Path, file: Any, encoding: str, separator: str) -> Iterator[
             yield Row(line, {name: value for name, value in zip(names, values, strict=True) if value}, 0, path)
             line = reader.line_num + 1
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: {_encoding_fault(error, error.object, encoding)}") from None
+        raise DataError(f"{path}: {encoding_fault(error, error.object, encoding)}") from None
     except csv.Error as error:
         raise DataError(f"{path}:{reader.line_num}: not CSV: {error}") from None
     finally:
@@ -276,7 +248,7 @@ def _list_rows(path: Path, raw: bytes, encoding: str) -> Iterator[Row]:
         text = raw.decode(encoding)
     except UnicodeDecodeError as error:
         line = raw.count(b"\n", 0, error.start) + 1
-        raise DataError(f"{path}:{line}: {_encoding_fault(error, raw, encoding)}") from None
+        raise DataError(f"{path}:{line}: {encoding_fault(error, raw, encoding)}") from None
     decoder = json.JSONDecoder()
     line, counted = 1, 0
     place = _skip_blanks(text, text.index("[") + 1)
@@ -312,87 +284,10 @@ def _list_fault(error: Exception) -> str:
         return "nested too deeply"
     at_end = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
     hint = "the list is not closed: the file may be incomplete" if at_end else "a JSON list ends at its first fault"
-    return f"{_syntax_fault(error)}; {hint}"
+    return f"{syntax_fault(error)}; {hint}"
 
 
 def _unclosed(text: str, place: int) -> str:
     if place == len(text):
         return "expected ',' or ']'; the list is not closed: the file may be incomplete"
-    return f"expected ',' or ']' behind an element, found {_clipped(text[place:])!r}"
-
-
-# ------------------------------------------------------------------------------------------------- rows
-
-
-def parse_rows(rows: Rows, *, encoding: str = "utf-8") -> list[Any]:
-    """Return the JSON value of each row, or the RowError that `parse_row` raises."""
-    if encoding.lower() in ("utf-8", "utf8") and set(map(type, rows.data)) == {bytes}:
-        try:
-            return list(map(orjson.loads, rows.data))
-        except orjson.JSONDecodeError:
-            pass  # of one row at least
-    values: list[Any] = []
-    for row in rows:
-        try:
-            values.append(parse_row(row, encoding=encoding))
-        except RowError as error:
-            values.append(error)
-    return values
-
-
-def parse_row(row: Row, *, encoding: str = "utf-8") -> Any:
-    """Return the row's JSON value; RowError with reason `encoding` or `syntax` otherwise."""
-    if not isinstance(row.data, bytes):
-        return row.data
-    if encoding == "utf-8" or encoding.lower() == "utf8":
-        try:
-            return orjson.loads(row.data)
-        except orjson.JSONDecodeError:
-            pass  # the slower parser says what is wrong, or accepts what is merely unusual
-    try:
-        text = row.data.decode(encoding)
-    except UnicodeDecodeError as error:
-        raise RowError("encoding", _encoding_fault(error, row.data, encoding, offset=row.offset)) from None
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise RowError("syntax", "nested too deeply") from None
-    except json.JSONDecodeError as error:
-        hint = "" if row.data.endswith(b"\n") else "; last line has no newline: file may be incomplete"
-        raise RowError("syntax", f"{_syntax_fault(error)}{hint}: {_clipped(text, error.pos)}") from None
-
-
-def _encoding_fault(error: UnicodeDecodeError, raw: bytes, encoding: str, *, offset: int = 0) -> str:
-    message = f"byte {raw[error.start]:#04x} at byte offset {offset + error.start} is not {encoding}"
-    for other in ("gb18030", "utf-8"):
-        try:
-            raw.decode(other)
-        except UnicodeDecodeError:
-            continue
-        return f"{message}; it reads as {other} (GBK is part of gb18030): try --encoding {other}"
-    return f"{message}; give the file's encoding with --encoding, or mend the file"
-
-
-def _syntax_fault(error: json.JSONDecodeError) -> str:
-    said = error.msg.replace("Expecting", "expected", 1)
-    if said == "expected ',' delimiter":
-        said = f"expected ',' or '{_open_bracket_end(error.doc[: error.pos])}'"
-    return f"{said} at column {error.colno}"
-
-
-def _open_bracket_end(text: str) -> str:
-    """Return the bracket that would close the innermost open one of `text`."""
-    expected = []
-    for token in re.findall(r'"(?:\\.|[^"\\])*"|[\[\]{}]', text):
-        if token in "[{":
-            expected.append("]" if token == "[" else "}")
-        elif token in "]}" and expected:
-            expected.pop()
-    return expected[-1] if expected else "}"
-
-
-def _clipped(text: str, place: int = 0) -> str:
-    """Return the part of `text` around `place`, a line of it at most."""
-    start = max(0, place - CLIP // 2)
-    clipped = text[start : start + CLIP].strip()
-    return "... " * (start > 0) + clipped + " ..." * (start + CLIP < len(text))
+    return f"expected ',' or ']' behind an element, found {clipped(text[place:])!r}"

@@ -10,8 +10,8 @@ from typing import IO, Any
 from toolkits.foundation.errors import DataError
 
 from .dataset import DOCUMENT_SUFFIX
-from .reading import Row
 from .row_error import RowError
+from .rows import Row
 
 
 def rejects_path(target: Path) -> Path:

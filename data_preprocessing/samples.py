@@ -51,7 +51,7 @@ class SampleEncoder:
         return self.samples(gathered, self.flat(gathered))
 
     def flat(self, rows: RenderedRows) -> Flat:
-        """Return the ids of the rows' texts: the part of `encode` that needs no Python, for a thread beside it."""
+        """Return the ids of the rows' texts: the part of `encode` that a thread beside Python may do."""
         if self._lengths is None:  # no row's mask would follow from them
             return np.zeros(0, np.int32), np.zeros(len(rows) + 1, np.int64)
         return self._encoder.encode(rows.texts)

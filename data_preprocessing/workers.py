@@ -59,6 +59,7 @@ class _Encoding:
     def __init__(self, work: ChunkWork) -> None:
         self._work, self._thread = work, ThreadPoolExecutor(1)
         self._waiting: deque[tuple[Prepared, Future[Flat]]] = deque()
+        self._characters = 0  # of the texts that wait
 
     def __enter__(self) -> "_Encoding":
         self._seconds = sys.getswitchinterval()
@@ -72,19 +73,21 @@ class _Encoding:
     def add(self, prepared: Prepared) -> None:
         """Have a chunk encoded."""
         self._waiting.append((prepared, self._thread.submit(self._work.encode, prepared)))
+        self._characters += prepared.num_characters
 
     def finished(self, *, all_of_it: bool = False) -> Iterator[Finished]:
         """Yield what is encoded, and of the rest what is too much to wait, or `all_of_it`."""
         while self._waiting and (all_of_it or self._waiting[0][1].done() or self._is_too_much):
             self._help()
             prepared, encoded = self._waiting.popleft()
+            self._characters -= prepared.num_characters
             yield self._work.finish(prepared, encoded.result())
 
     @property
     def _is_too_much(self) -> bool:
         if self._work.encoder.is_ready:
             return len(self._waiting) > WAITING
-        return sum(sum(map(len, prepared.rendered.texts)) for prepared, _ in self._waiting) > AHEAD
+        return self._characters > AHEAD
 
     def _help(self) -> None:
         """Encode the last chunk that the thread has not begun to, unless the first one is there already."""

@@ -162,7 +162,7 @@ def test_an_encoder_that_fails_is_not_used(tmp_path, monkeypatch):
         raise ValueError("an unknown step")
 
     tokenizer = load_tokenizer(write_tokenizer(tmp_path / "t"))
-    monkeypatch.setattr(encoders, "FastokensEncoder", fails)
+    monkeypatch.setattr(encoders, "_fastokens", fails)
     assert compare(tokenizer) == "fails (an unknown step)"
 
 
@@ -217,6 +217,18 @@ def test_masks_from_lengths_are_those_from_offsets(tmp_path):
             encoding = tokenizer.encoder.encode(texts[number], add_special_tokens=False)
             expected = offset_mask(encoding, texts[number], spans[number])
             assert mask[bounds[number] : bounds[number + 1]].tolist() == expected.tolist(), texts[number]
+
+
+def test_text_that_becomes_a_control_token_when_it_is_normalized_is_refused(tmp_path):
+    folder = write_tokenizer(tmp_path)
+    content = json.loads((folder / "tokenizer.json").read_text())
+    size = 1 + max(token["id"] for token in content["added_tokens"])
+    token = {**content["added_tokens"][0], "id": size, "content": "<\u00e9>", "normalized": True, "special": True}
+    content["added_tokens"].append(token)
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    encoder = ChatEncoder(folder, encoder="tokenizers")
+    samples = encoder.encode([encoder.render(conversation(talk("<e\u0301>", "a")))])
+    assert samples.errors[0].reason == "control_text"
 
 
 @pytest.mark.parametrize("kind", ["prepending", "metaspace"])

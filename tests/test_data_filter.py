@@ -24,7 +24,8 @@ from data_preprocessing.curate.step import Resources
 from data_preprocessing.curate.steps import read_steps
 from data_preprocessing.curate.survey import ReadOptions
 from data_preprocessing.dataset import open_dataset
-from data_preprocessing.reading import ReadReport, Row, read_rows
+from data_preprocessing.reading import ReadReport, read_rows
+from data_preprocessing.rows import Row
 from toolkits.foundation.errors import DataError, UsageError, exit_code_of
 
 ROOT = Path(__file__).resolve().parents[1]

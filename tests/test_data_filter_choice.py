@@ -21,7 +21,7 @@ from data_preprocessing.curate.split import joined
 from data_preprocessing.curate.step import Resources
 from data_preprocessing.curate.steps import read_steps
 from data_preprocessing.languages import language_of
-from data_preprocessing.reading import Row
+from data_preprocessing.rows import Row
 from toolkits.embedding import Embedder, _batches
 from toolkits.foundation.errors import CheckpointError, DataError
 

@@ -15,7 +15,7 @@ from data_preprocessing.curate.quality import mojibake, refusal, repetition, tru
 from data_preprocessing.curate.step import Resources
 from data_preprocessing.curate.steps import read_steps
 from data_preprocessing.languages import LANGUAGES, language_of
-from data_preprocessing.reading import Row
+from data_preprocessing.rows import Row
 
 PROSE = (
     "The harbour lies behind a long stone wall. Boats go out before sunrise, when the wind comes from the land. "

@@ -17,11 +17,13 @@ from data_world import (
     write_tokenizer,
 )
 
+from data_preprocessing import reading
 from data_preprocessing.build import BuildOptions, build
 from data_preprocessing.dataset import open_dataset
-from data_preprocessing.reading import ReadReport, find_inputs, parse_row, read_files
+from data_preprocessing.reading import ReadReport, find_inputs, read_batches, read_files
 from data_preprocessing.records import conversation, record
 from data_preprocessing.row_error import RowError
+from data_preprocessing.rows import Row, Rows, parse_row, parse_rows
 from data_preprocessing.tokenizer import load_tokenizer
 from toolkits.commands.data import data
 from toolkits.foundation.errors import DataError, UsageError
@@ -202,6 +204,35 @@ def test_packed_files_patterns_and_stdin(tmp_path, monkeypatch):
     (tmp_path / "cut.gz").write_bytes(gzip.compress(plain.read_bytes())[:-20])
     with pytest.raises(DataError, match="the gzip file is damaged or incomplete"):
         values([tmp_path / "cut.gz"])
+
+
+def test_what_stands_in_front_of_a_fault_is_read(tmp_path):
+    lines = "".join(json.dumps(talk("q", f"a{number}")) + "\n" for number in range(200)).encode()
+    packed = gzip.compress(lines)
+    files = {"list.json": b'[5,\n{"a": 1},\n{"x" 1}]', "rows.csv": b"a,b\n1,2\n3,4\n5\n", "cut.gz": packed[:-9]}
+    for (name, content), count in zip(files.items(), (2, 2, 200), strict=True):
+        (tmp_path / name).write_bytes(content)
+        found = []
+        with pytest.raises(DataError):
+            for row in read_files([tmp_path / name], ReadReport()):
+                found.append(row.line)
+        assert len(found) == count
+
+
+def test_a_few_long_values_are_a_batch(tmp_path, monkeypatch):
+    monkeypatch.setattr(reading, "BATCH_BYTES", 1000)
+    (tmp_path / "rows.csv").write_text("text\n" + "".join(f"{'x' * 400}\n" for _ in range(10)))
+    (tmp_path / "rows.json").write_text(json.dumps([{"text": "x" * 400}] * 10))
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "{"x" * 400}"}}\n' * 10)
+    for path in tmp_path.iterdir():
+        assert [len(batch) for batch in read_batches([path], ReadReport())] == [3, 3, 3, 1]
+
+
+def test_a_value_does_not_depend_on_its_neighbours():
+    big, bad = b'{"n": 123456789012345678901234567890}', b'{"x": NaN}'
+    for encoding in ("utf-8", "UTF-8", "utf8"):
+        alone = parse_rows(Rows.of([Row(1, big)]), encoding=encoding)
+        assert repr(parse_rows(Rows.of([Row(1, big), Row(2, bad)]), encoding=encoding)[0]) == repr(alone[0])
 
 
 def test_parquet_and_zstd(tmp_path):

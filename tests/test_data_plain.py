@@ -11,10 +11,10 @@ from data_preprocessing.build import BuildOptions
 from data_preprocessing.chunks import Chunk, ChunkWork
 from data_preprocessing.layouts import LAYOUTS
 from data_preprocessing.masks import filled
-from data_preprocessing.reading import Row, Rows
 from data_preprocessing.records import plain_conversations, record
 from data_preprocessing.rendered import RenderedRows
 from data_preprocessing.row_error import RowError
+from data_preprocessing.rows import Row, Rows
 from data_preprocessing.turns import is_encodable
 
 STRIPPING = "{% for m in messages %}{{ '<é>' + m.role + m.content | trim + '</s>' }}{% endfor %}"

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from data_preprocessing.reading import ReadReport, parse_row, read_rows
+from data_preprocessing.reading import ReadReport, read_rows
 from data_preprocessing.records import Document, conversation, record
 from data_preprocessing.row_error import RowError
+from data_preprocessing.rows import parse_row
 from data_preprocessing.turns import Message
 from toolkits.foundation.errors import DataError, UsageError
 

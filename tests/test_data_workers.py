@@ -5,17 +5,20 @@ import os
 import signal
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from data_world import fuzzed_rows, talk, write_rows, write_tokenizer
 
+from data_preprocessing import workers
 from data_preprocessing.build import BuildOptions, build
 from data_preprocessing.chunks import Chunk, ChunkWork
 from data_preprocessing.dataset import FILE_SUFFIXES, open_dataset
-from data_preprocessing.reading import Row, Rows
-from data_preprocessing.workers import _Worker, finished_chunks
+from data_preprocessing.rows import Row, Rows
+from data_preprocessing.workers import WAITING, _Worker, finished_chunks
 from toolkits.foundation.errors import DataError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -175,3 +178,56 @@ def test_what_came_before_a_fault_of_the_input_is_finished_first(tmp_path):
             for finished in finished_chunks(chunks(), work, "conversations", folder, BuildOptions()):
                 done.append(finished.num_rows)
         assert done == [1, 1, 1]
+
+
+class Slow:
+    """Prepares, encodes and finishes numbers; `is_ready` once its first one is encoded, as an encoder that is built."""
+
+    def __init__(self, fails_at=None, is_ready=False):
+        self.encoder, self.fails_at = self, fails_at
+        self.is_ready = is_ready
+        self.held = self.most = 0
+        self.threads = set()
+
+    def prepare(self, number):
+        self.held += 1
+        self.most = max(self.most, self.held)
+        return Mock(number=number, num_characters=10)
+
+    def encode(self, prepared):
+        time.sleep(0.01)
+        self.is_ready = True
+        self.threads.add(threading.current_thread())
+        if prepared.number == self.fails_at:
+            raise MemoryError(prepared.number)
+        return prepared.number
+
+    def finish(self, prepared, flat):
+        assert prepared.number == flat
+        self.held -= 1
+        return flat
+
+
+def through(work, count):
+    yield from finished_chunks(iter(range(count)), work, "conversations", Path(), BuildOptions())
+
+
+def test_two_threads_encode_in_order_and_few_chunks_wait():
+    work = Slow(is_ready=True)
+    assert list(through(work, 40)) == list(range(40))
+    assert len(work.threads) == 2 and work.most == WAITING + 1
+
+
+def test_more_is_prepared_while_the_encoder_is_built(monkeypatch):
+    monkeypatch.setattr(workers, "AHEAD", 95)
+    work = Slow()
+    assert list(through(work, 40)) == list(range(40))
+    assert work.most == 10
+
+
+def test_what_an_encoder_raises_arrives_and_the_lock_is_as_it_was():
+    before, found = sys.getswitchinterval(), []
+    with pytest.raises(MemoryError, match="7"):
+        for number in through(Slow(fails_at=7), 40):
+            found.append(number)
+    assert found == list(range(7)) and sys.getswitchinterval() == before

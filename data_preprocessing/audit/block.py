@@ -13,9 +13,9 @@ from typing import NamedTuple
 import numpy as np
 
 from ..dataset import Kind
-from ..reading import STDIN
 from ..records import Conversation, Document, Labelled, Preference, Prompt, Record
 from ..row_error import RowError
+from ..rows import STDIN
 from ..tokenizer import LoadedTokenizer
 from ..turns import Message
 

@@ -17,9 +17,10 @@ from ..build import bytes_of, kind_of, with_encoder
 from ..chunks import BuildOptions, Chunk, ChunkWork, chunks_of, read_record
 from ..dataset import Dataset, IndexedDataset, Kind, document_prefix, open_dataset, sibling
 from ..inspect import tokenizer_of
-from ..reading import ReadReport, Row, find_inputs, read_batches
+from ..reading import ReadReport, find_inputs, read_batches
 from ..records import Record
 from ..row_error import RowError
+from ..rows import Row
 from ..tokenizer import LoadedTokenizer, load_tokenizer
 from .block import Block, Entry, Places, entry_of
 
@@ -78,6 +79,7 @@ class FileStream:
                 read = len(block.entries) + len(block.bad)
                 progress.advance(self._report.bytes_read - progress.done if total else read)
                 yield block
+            progress.advance(total - progress.done if total else 0)
 
     def _blocks(self) -> Iterator[Block]:
         if self._work is None:

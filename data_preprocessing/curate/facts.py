@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..reading import Row, parse_row
 from ..records import Conversation, Document, Labelled, Preference, Prompt, Record, record
+from ..rows import Row, parse_row
 from ..turns import Message
 
 Part = Literal["row", "prompt", "answers"]

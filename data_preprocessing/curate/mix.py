@@ -25,6 +25,7 @@ from ..chunks import KIND_OF, ONE_OF
 from ..reading import ReadReport, find_inputs
 from ..rejects import BadRows, Rejects
 from ..row_error import RowError
+from ..rows import is_utf8
 from .output import Output, changing_facts, input_files, line_of
 from .step import drawn
 from .survey import ReadOptions, batches_with_progress
@@ -103,7 +104,7 @@ class _Set:
     def note(self, options: ReadOptions, bad: BadRows, rejects: Rejects) -> None:
         """Read all rows; DataError for a bad one that is not to be skipped, or when none is left."""
         sources, report, aside = find_inputs([str(self.part.path)]), ReadReport(), None
-        is_utf8 = options.encoding.lower() in ("utf-8", "utf8")
+        as_it_is = is_utf8(options.encoding)
         batches = batches_with_progress(f"reading {self.part.path}", sources, options, report)
         for number, row in enumerate(chain.from_iterable(batches)):
             try:
@@ -113,7 +114,7 @@ class _Set:
                 rejects.drop(row, step=READING, reason=error.reason, message=str(error))
                 continue
             self.kinds[KIND_OF[type(found.record)]] += 1
-            if len(sources) == 1 and is_utf8 and report.kind == "JSONL":
+            if len(sources) == 1 and as_it_is and report.kind == "JSONL":
                 self._offsets.append(row.offset)
                 continue
             aside = aside or self._opened(self._aside, "w+b")

@@ -8,8 +8,9 @@ from typing import Any
 
 from toolkits.foundation.errors import UsageError
 
-from ..reading import STDIN, Row, find_inputs
+from ..reading import find_inputs
 from ..rejects import rejects_path
+from ..rows import STDIN, Row
 
 OTHER_FORMATS = (".json", ".csv", ".tsv", ".parquet", ".gz", ".zst")
 

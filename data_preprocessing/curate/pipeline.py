@@ -20,9 +20,9 @@ import numpy as np
 from toolkits.foundation.errors import DataError, UsageError
 from toolkits.foundation.publish import publish_files, require_space
 
-from ..reading import Row
 from ..rejects import Rejects
 from ..row_error import RowError
+from ..rows import Row
 from .output import Output, changing_facts, input_files, line_of
 from .split import Split, Splitter
 from .step import Choice, Chooser, Judge, Resources, Step, Verdict

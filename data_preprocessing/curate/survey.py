@@ -10,9 +10,10 @@ from typing import Literal
 from toolkits.foundation.progress import Progress
 
 from ..chunks import Chunk, chunks_of
-from ..reading import ReadReport, Row, Rows, read_batches
+from ..reading import ReadReport, read_batches
 from ..rejects import BadRows
 from ..row_error import RowError
+from ..rows import Row, Rows
 from .facts import Facts, facts_of
 from .split import Splitter
 from .step import Chooser, Judge

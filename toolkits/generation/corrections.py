@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from data_preprocessing.reading import ReadReport, find_inputs, parse_row, read_rows
+from data_preprocessing.reading import ReadReport, find_inputs, read_rows
 from data_preprocessing.row_error import RowError
+from data_preprocessing.rows import parse_row
 from data_preprocessing.turns import json_type, text_of
 
 from ..foundation.errors import DataError, raise_all

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from data_preprocessing.layouts import prompt_of, tools_of
-from data_preprocessing.reading import STDIN, ReadReport, Row, find_inputs, parse_row, read_rows
+from data_preprocessing.reading import ReadReport, find_inputs, read_rows
 from data_preprocessing.records import Conversation, Document, Labelled, Preference, Prompt, record
 from data_preprocessing.row_error import RowError
+from data_preprocessing.rows import STDIN, Row, parse_row
 from data_preprocessing.turns import Message, check_prompt, check_turns
 
 from ..foundation.errors import DataError, UsageError, raise_all

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from data_preprocessing.reading import Row, parse_row
 from data_preprocessing.records import Conversation, Labelled, Preference, record
 from data_preprocessing.row_error import RowError
+from data_preprocessing.rows import Row, parse_row
 
 from ..foundation.errors import DataError, raise_all
 from ..foundation.progress import Progress
