@@ -24,7 +24,7 @@ from .encoders import EncoderName, Flat
 from .records import Conversation, Document, Labelled, Preference, Prompt, Record, plain_conversations, record
 from .rendered import Rendered, RenderedRows
 from .row_error import RowError
-from .rows import Row, Rows, parse_row, parse_rows
+from .rows import Row, Rows, is_exact, parse_row, parse_rows
 from .samples import Samples
 from .text import TextEncoder
 
@@ -179,6 +179,8 @@ class ChunkWork:
         try:
             if isinstance(value, RowError):
                 raise value
+            if not is_exact(done.chunk.rows.data[index]):
+                value = parse_row(done.chunk.rows[index], encoding=self.options.encoding)
             found = self.record(index, value)
             rendered, about = self._render(found)
         except RowError as error:

@@ -12,6 +12,7 @@ import orjson
 from .row_error import RowError
 
 STDIN = Path("-")
+DIGITS, LONG_NUMBER = bytes.maketrans(b"123456789", b"000000000"), b"0" * 19
 CLIP = 120  # characters of a bad line that an error shows
 
 
@@ -58,7 +59,10 @@ class Rows(Sequence[Row]):
 
 
 def parse_rows(rows: Rows, *, encoding: str = "utf-8") -> list[Any]:
-    """Return the JSON value of each row, or the RowError that `parse_row` raises."""
+    """Return the JSON value of each row, or the RowError that `parse_row` raises; only its texts are exact.
+
+    See `is_exact` for its numbers.
+    """
     if is_utf8(encoding) and set(map(type, rows.data)) == {bytes}:
         try:
             return list(map(orjson.loads, rows.data))
@@ -73,11 +77,16 @@ def parse_rows(rows: Rows, *, encoding: str = "utf-8") -> list[Any]:
     return values
 
 
+def is_exact(data: Any) -> bool:
+    """Whether the fast parser reads each number in a row's `data`: it makes integers beyond 64 bits to floats."""
+    return type(data) is not bytes or LONG_NUMBER not in data.translate(DIGITS)
+
+
 def parse_row(row: Row, *, encoding: str = "utf-8") -> Any:
     """Return the row's JSON value; RowError with reason `encoding` or `syntax` otherwise."""
     if not isinstance(row.data, bytes):
         return row.data
-    if is_utf8(encoding):
+    if is_utf8(encoding) and is_exact(row.data):
         try:
             return orjson.loads(row.data)
         except orjson.JSONDecodeError:
@@ -93,6 +102,8 @@ def parse_row(row: Row, *, encoding: str = "utf-8") -> Any:
     except json.JSONDecodeError as error:
         hint = "" if row.data.endswith(b"\n") else "; last line has no newline: file may be incomplete"
         raise RowError("syntax", f"{syntax_fault(error)}{hint}: {clipped(text, error.pos)}") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise RowError("syntax", str(error)) from None
 
 
 def is_utf8(encoding: str) -> bool:
