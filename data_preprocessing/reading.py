@@ -256,7 +256,7 @@ def _list_rows(path: Path, raw: bytes, encoding: str) -> Iterator[Row]:
         line, counted = line + text.count("\n", counted, place), place
         try:
             value, place = decoder.raw_decode(text, place)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise DataError(f"{path}:{line + _lines_into(error, line)}: {_list_fault(error)}") from None
         yield Row(line, value, place, path)
         place = _skip_blanks(text, place)
@@ -280,8 +280,8 @@ def _lines_into(error: Exception, line: int) -> int:
 
 
 def _list_fault(error: Exception) -> str:
-    if not isinstance(error, json.JSONDecodeError):
-        return "nested too deeply"
+    if not isinstance(error, json.JSONDecodeError):  # the other is an integer of thousands of digits
+        return "nested too deeply" if isinstance(error, RecursionError) else str(error)
     at_end = not error.doc[error.pos :].strip() or error.msg.startswith("Unterminated")
     hint = "the list is not closed: the file may be incomplete" if at_end else "a JSON list ends at its first fault"
     return f"{syntax_fault(error)}; {hint}"

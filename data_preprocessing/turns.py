@@ -161,9 +161,10 @@ def is_encodable(text: str) -> bool:
 def json_of(value: Any, path: str) -> Any:
     """Return a JSON value that may be given as its text, every string in it checked."""
     if isinstance(value, str):
+        text = text_of(value, path)
         try:
-            value = json.loads(text_of(value, path))
-        except (json.JSONDecodeError, RecursionError) as error:
+            value = json.loads(text)
+        except (ValueError, RecursionError) as error:
             raise RowError("tools", f"{path} is text that is not JSON ({error})") from None
     check_strings(value, path)
     return value
