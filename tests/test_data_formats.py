@@ -234,7 +234,7 @@ def test_large_integers_are_exact(tmp_path, number):
     with pytest.raises(RowError, match="limit"):
         parse_row(Row(1, b"[" + b"1" * 9000 + b"]"))
     (tmp_path / "list").write_bytes(b"[" + b"1" * 9000 + b"]")
-    with pytest.raises(DataError, match="list:1: .*limit"):
+    with pytest.raises(DataError, match=r"list:1: .*limit"):
         values([tmp_path / "list"])
     call = {"type": "function", "function": {"name": "f", "arguments": {"n": number}}}
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": [call]}]
