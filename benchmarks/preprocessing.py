@@ -31,7 +31,7 @@ ROWS = 74_775
 PUBLISHED = {"megatron": 42.5, "pai": 176.6}
 CONSTANT = 10  # of Zipf's law with a shift: the word of rank n is drawn 1 / (n + CONSTANT) times as often
 
-LOOKS = 3  # at the work alone, for each round
+LOOKS = 6  # at the work alone, for each round
 
 Round = dict[str, dict[str, float]]  # the figures of a job, by its name
 Words = tuple[list[str], list[str]]  # English and Chinese, the common ones first
